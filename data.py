@@ -1,0 +1,372 @@
+"""Text in, batches of token ids out.
+
+Six data sets, two shapes. `stdlib` and `wikitext` are *language modelling*: one stream of tokens, cut into blocks,
+every token predicted from those before it (`Blocks`). `toysql`, `wikisql`, `samsum` and `e2e` are *prompt -> target*:
+the model reads a prompt, and only the target's tokens count in the loss (`Examples`). Both give the same batch,
+
+    idx      [B, T] int64   what the model reads
+    targets  [B, T] int64   what it should say next at each place, -100 where nothing is asked
+    real     [B, T] bool    False on padding
+
+so the training loop need not know which it has:
+
+    >>> blocks = load("stdlib", "train", vocab_size=257, block_size=128)
+    >>> idx, targets, real = blocks.batch([0, 1, 2])
+
+`stdlib` and `toysql` are on every machine; the others come from the Hugging Face Hub or a folder with the Hub's layout.
+The tokenizer follows the model's vocabulary: 257 is bytes, 50257 is GPT-2's. Whatever the user can get wrong (a name, a
+path, a column, a block size) ends in a ValueError or an OSError with one line that says what would work.
+"""
+import hashlib
+import json
+import random
+import re
+import sys
+import sysconfig
+import uuid
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+# Where each data set is, and the measure it asks for. The Hub's `wikisql` and `e2e_nlg` are Python scripts, which
+# `datasets` no longer runs; the Hub keeps what they produced on a branch of its own.
+PARQUET = "refs/convert/parquet"
+DATASETS = {
+    "stdlib": dict(hub=None, config=None, revision=None, metric="perplexity"),
+    "wikitext": dict(hub="Salesforce/wikitext", config="wikitext-103-v1", revision=None, metric="perplexity"),
+    "toysql": dict(hub=None, config=None, revision=None, metric="exact_match"),
+    "wikisql": dict(hub="Salesforce/wikisql", config=None, revision=PARQUET, metric="exact_match"),
+    "samsum": dict(hub="knkarthick/samsum", config=None, revision=None, metric="rouge"),
+    "e2e": dict(hub="tuetschek/e2e_nlg", config=None, revision=PARQUET, metric="bleu"),
+}
+
+
+def load(dataset, split, vocab_size, block_size, path=None, config=None, cache_dir="cache"):
+    """A split ("train" or "validation") as `Blocks` or `Examples` of at most `block_size` tokens.
+
+    `path`, a folder, replaces the Hub; `config` names a configuration of the source; `cache_dir` keeps token streams.
+    Raises ValueError or OSError (FileNotFoundError, ConnectionError) with one line for the user.
+    """
+    if dataset not in DATASETS:
+        raise ValueError(f"unknown dataset {dataset!r}: --dataset is one of {', '.join(DATASETS)}")
+    if split not in ("train", "validation"):
+        raise ValueError(f"unknown split {split!r}: it is 'train' or 'validation'")
+    if block_size < 1:
+        raise ValueError(f"a block of {block_size} tokens holds nothing: --block-size must be at least 1")
+    hub = DATASETS[dataset]["hub"]
+    if hub is None and (path or config):
+        raise ValueError(f"{dataset} reads no data files: leave out --data-path and --data-config")
+    if path and not Path(path).is_dir():
+        raise FileNotFoundError(f"--data-path {path} is not a folder: give one that holds a copy of {hub}")
+    tok = tokenizer(vocab_size)
+
+    if DATASETS[dataset]["metric"] == "perplexity":
+        documents, fingerprint = stdlib(split) if dataset == "stdlib" else wikitext(split, path, config)
+        # Named by a hash of all that decides the content; 1 stands for the code below: raise it when that changes.
+        source = repr((1, dataset, split, vocab_size, str(path and Path(path).resolve()), config, fingerprint))
+        name = f"{dataset}-{split}-{vocab_size}-{hashlib.sha256(source.encode()).hexdigest()[:16]}.bin"
+        tokens = cached(Path(cache_dir) / name, documents, tok)
+        if len(tokens) < max(block_size, 2):
+            raise ValueError(f"{dataset} {split} has {len(tokens)} tokens, fewer than one block of {block_size}: "
+                             "choose a smaller --block-size or more data")
+        return Blocks(tokens, block_size, tok.eot)
+
+    pairs = toysql(split) if dataset == "toysql" else hub_pairs(dataset, split, path, config)
+    examples = Examples(pairs, block_size, tok)
+    if examples.skipped:
+        message = (f"{dataset} {split}: {examples.skipped} of {len(pairs)} examples are longer than the block of "
+                   f"{block_size} tokens (the shortest has {examples.shortest}, the longest {examples.longest})")
+        if not len(examples):
+            raise ValueError(f"{message}: choose a larger --block-size")
+        print(f"{message} and are left out", file=sys.stderr)
+    return examples
+
+
+def tokenizer(vocab_size):
+    """The tokenizer of a vocabulary: `.encode(text) -> list[int]`, `.decode(ids) -> str`, `.eot`, the end-of-text id.
+
+    257: UTF-8 bytes, and 256 for end of text. 50257: GPT-2's byte pairs. No text encodes to end of text, not even one
+    that spells "<|endoftext|>"; decoding leaves it out. Raises ValueError for other sizes, OSError if out of reach.
+    """
+    if vocab_size == 257:
+        return SimpleNamespace(encode=lambda text: list(text.encode("utf-8", errors="replace")), eot=256,
+                               decode=lambda ids: bytes(int(i) for i in ids if i < 256).decode(errors="replace"))
+    if vocab_size != 50257:
+        raise ValueError(f"no tokenizer has {vocab_size} tokens: a vocabulary is 257 (bytes) or 50257 (GPT-2's)")
+    import tiktoken
+    try:
+        gpt2 = tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as error:  # no network, or a damaged file
+        raise OSError("GPT-2's tokenizer is out of reach: set TIKTOKEN_CACHE_DIR to a folder with tiktoken's files, "
+                      "or use --model tiny, which reads bytes") from error
+    return SimpleNamespace(encode=gpt2.encode_ordinary, eot=gpt2.eot_token,
+                           decode=lambda ids: gpt2.decode([int(i) for i in ids if i != gpt2.eot_token]))
+
+
+class Blocks:
+    """A stream of N tokens as ceil((N - 1) / T) blocks side by side: every token but the first is predicted once."""
+
+    def __init__(self, tokens, block_size, eot):
+        self.tokens, self.block_size, self.eot = tokens, block_size, eot  # tokens: [N] uint16, a memory map
+
+    def __len__(self):
+        return -(-(len(self.tokens) - 1) // self.block_size)
+
+    def batch(self, indices):
+        """Blocks number `indices` (B ints): idx, targets, real, each [B, T]. The last block is padded on the right."""
+        idx = torch.full((len(indices), self.block_size), self.eot)  # [B, T]
+        targets = torch.full_like(idx, -100)                         # [B, T]
+        for row, i in enumerate(indices):
+            start = int(i) * self.block_size
+            chunk = self.tokens[start:start + self.block_size + 1].astype(np.int64)  # [T + 1], less at the stream's end
+            idx[row, :len(chunk) - 1] = torch.from_numpy(chunk[:-1])
+            targets[row, :len(chunk) - 1] = torch.from_numpy(chunk[1:])
+        return idx, targets, targets != -100  # here every real place has a target
+
+    def by_length(self):
+        """The order to evaluate in: blocks are all as long, so as they come."""
+        return list(range(len(self)))
+
+
+class Examples:
+    """(prompt, target) pairs of text as token ids; the loss is on the target and the end of text after it.
+
+    `prompts[i]`, `targets[i]` (with end of text): lists of ids. `references[i]`: the texts of all targets that the data
+    has for this prompt. `skipped`: pairs left out because prompt and target exceed `block_size` tokens together.
+    """
+
+    def __init__(self, pairs, block_size, tok):
+        self.prompts, self.targets, self.references = [], [], []
+        self.eot, self.skipped, self.shortest, self.longest = tok.eot, 0, sys.maxsize, 0
+        self.first = {}  # prompt -> the first example that has it
+        references = {}  # prompt -> all its targets' texts: those too long to train on are right answers too
+        for prompt, target in pairs:
+            references.setdefault(prompt, []).append(target)
+            p, t = tok.encode(prompt), tok.encode(target) + [tok.eot]
+            size = len(p) + len(t)
+            self.shortest, self.longest = min(self.shortest, size), max(self.longest, size)
+            if size > block_size:
+                self.skipped += 1
+                continue
+            self.first.setdefault(prompt, len(self.prompts))
+            self.prompts.append(p)
+            self.targets.append(t)
+            self.references.append(references[prompt])
+
+    def __len__(self):
+        return len(self.prompts)
+
+    def batch(self, indices):
+        """Examples number `indices` (B ints), padded on the right to the longest: idx, targets, real, each [B, T].
+
+        Attention looks only to the left, so no real token ever sees this padding: it changes no result.
+        """
+        sizes = [len(self.prompts[i]) + len(self.targets[i]) - 1 for i in indices]  # end of text is never read
+        idx = torch.full((len(indices), max(sizes)), self.eot)  # [B, T]
+        targets = torch.full_like(idx, -100)                    # [B, T]
+        for row, (i, size) in enumerate(zip(indices, sizes)):
+            idx[row, :size] = torch.tensor((self.prompts[i] + self.targets[i])[:-1])
+            targets[row, len(self.prompts[i]) - 1:size] = torch.tensor(self.targets[i])  # from the prompt's last token
+        real = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]  # [T] < [B, 1] -> [B, T]
+        return idx, targets, real
+
+    def by_length(self):
+        """The order to evaluate in: the shortest first, so that neighbours need little padding."""
+        return sorted(range(len(self)), key=lambda i: len(self.prompts[i]) + len(self.targets[i]))
+
+    def distinct(self):
+        """One example per distinct prompt: what to generate from, where `references` has several answers to each."""
+        return list(self.first.values())
+
+
+# Language modelling: documents, and the stream of tokens made from them.
+
+def stdlib(split):
+    """The running Python's standard library: (its sources as texts, their fingerprint); about 5 % are validation."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    # Left out: installed packages; tests, which some distributions strip, so machines would differ; generated tables.
+    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
+    documents, digest = [], hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        parts = file.relative_to(root).parts
+        if skip.intersection(parts) or any(part.startswith(("config-", "_sysconfigdata")) for part in parts):
+            continue
+        source = file.read_bytes()
+        # A hash of the content, not of the path, chooses the split: so a copied file never stands in both.
+        if source and (hashlib.sha256(source).digest()[0] < 13) == (split == "validation"):  # 13 of 256
+            documents.append(source.decode("utf-8", errors="replace"))
+            digest.update(b"%d " % len(source) + source)
+    return documents, digest.hexdigest()
+
+
+def wikitext(split, path, config):
+    """WikiText: (its articles as texts, made one at a time, their fingerprint)."""
+    rows = read("wikitext", split, path, config, ["text"])
+
+    def articles():
+        article = ""
+        for some in rows.iter(1000):
+            for line in some["text"]:
+                if re.fullmatch(r" = (?!= ).+ = \n", line) and article:  # " = Title = ", not " = = Section = = "
+                    yield article
+                    article = ""
+                article += line
+        yield article
+
+    return articles(), rows._fingerprint  # changes with the files' place and age, or the Hub's commit, and the split
+
+
+def cached(file, documents, tok):
+    """The documents' tokens, end of text between them: a memory map [N] uint16 of `file`, written first if need be.
+
+    The file holds a CRC-32 (4 bytes), then the tokens. It is written beside its place and moved there, so it is whole
+    or absent; should it be damaged later, the checksum tells, and it is made anew.
+    """
+    if file.exists() and file.stat().st_size >= 4 and file.stat().st_size % 2 == 0:
+        content = np.memmap(file, np.uint8, mode="r")
+        if zlib.crc32(content[4:]) == int.from_bytes(content[:4].tobytes(), "little"):
+            return content[4:].view(np.uint16)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f"{file.name}.{uuid.uuid4().hex}")  # a name of its own: others may be writing theirs
+    try:
+        with open(beside, "wb") as out:
+            out.write(bytes(4))
+            crc = 0
+            for i, document in enumerate(documents):  # one by one: WikiText-103 has 100M tokens
+                ids = np.array([tok.eot] * (i > 0) + tok.encode(document), dtype=np.uint16).tobytes()
+                crc = zlib.crc32(ids, crc)
+                out.write(ids)
+            out.seek(0)
+            out.write(crc.to_bytes(4, "little"))
+        beside.replace(file)
+    finally:
+        beside.unlink(missing_ok=True)  # there only if something went wrong
+    return np.memmap(file, np.uint16, mode="r")[2:]
+
+
+# Prompts and targets. A prompt ends with a newline, and GPT-2's tokenizer joins no newline with a letter: so the two,
+# encoded apart, give the tokens of the whole text.
+
+def hub_pairs(dataset, split, path, config):
+    """wikisql, samsum or e2e as a list of (prompt, target) texts."""
+    if dataset == "wikisql" and path and list(Path(path).glob("*.tables.jsonl")):
+        return wikisql_release(Path(path), split)
+    columns = {"wikisql": ["question", "table.header", "sql.human_readable"], "samsum": ["dialogue", "summary"],
+               "e2e": ["meaning_representation", "human_reference"]}[dataset]
+    rows = read(dataset, split, path, config, columns)
+    rows = zip(*(rows[column] for column in columns))
+    if dataset == "wikisql":
+        return [(sql_prompt(header, question), sql) for question, header, sql in rows]
+    if dataset == "samsum":
+        return [(f"{dialogue or ''}\nSummary:\n", summary or "") for dialogue, summary in rows]  # one has no dialogue
+    return [(f"{meaning}\n", reference) for meaning, reference in rows]
+
+
+def sql_prompt(header, question):
+    """The prompt of wikisql and toysql: the table's columns on one line, the question on the next; the SQL follows.
+
+        No. | Player | Position
+        Who wears number 42?
+    """
+    return f"{' | '.join(header)}\n{question}\n"
+
+
+def to_sql(header, select, aggregate, conditions):
+    """WikiSQL's human-readable form. Columns and operators are numbers; conditions are (column, operator, value)."""
+    aggregate = ["", "MAX ", "MIN ", "COUNT ", "SUM ", "AVG "][aggregate]
+    where = " AND ".join(f"{header[column]} {'=><'[operator]} {value}" for column, operator, value in conditions)
+    return f"SELECT {aggregate}{header[select]} FROM table" + (f" WHERE {where}" if where else "")
+
+
+def wikisql_release(folder, split):
+    """WikiSQL as its authors publish it: questions in {train,dev}.jsonl, headers in {train,dev}.tables.jsonl."""
+    name = "train" if split == "train" else "dev"
+    questions, tables = files = folder / f"{name}.jsonl", folder / f"{name}.tables.jsonl"
+    if not all(file.exists() for file in files):
+        raise FileNotFoundError(f"no {split} split in {folder}: it takes both {questions.name} and {tables.name}")
+    try:
+        rows, tables = [[json.loads(line) for line in open(file, encoding="utf-8")] for file in files]
+        headers = {table["id"]: table["header"] for table in tables}
+        pairs = []
+        for row in rows:
+            header, sql = headers[row["table_id"]], row["sql"]
+            pairs.append((sql_prompt(header, row["question"]), to_sql(header, sql["sel"], sql["agg"], sql["conds"])))
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"{questions} is not WikiSQL's release: {type(error).__name__} {error}") from error
+    if not pairs:
+        raise ValueError(f"the {split} split is empty: {questions} has no questions")
+    return pairs
+
+
+def toysql(split, train=20_000, validation=1_000):
+    """A made-up WikiSQL for small models: (prompt, target) texts, the same ones always, at most 128 bytes together.
+
+        city_b | wins_f | team_a
+        how many team with wins over 31?
+        SELECT COUNT team_a FROM table WHERE wins_f > 31
+
+    The question has only the first part of a column's name; the rest, drawn anew for every schema, is in the header.
+    So there is no answering without looking columns up in the header and copying values from the question.
+    """
+    rng = random.Random(2023)
+    # All as long, no two with the same initial: looking a column up is then a matter of one byte, and quick to learn.
+    words = ["name", "team", "city", "band", "song", "zone", "user", "hero"]   # columns that hold words
+    numbers = ["area", "year", "rank", "wins", "mass", "debt", "laps", "goal"]  # columns that hold numbers
+    asking = [["which", "what"], ["highest", "largest"], ["lowest", "smallest"], ["how many", "count the"],
+              ["total", "sum of"], ["average", "mean"]]           # for each aggregate of `to_sql`
+    compare = [[" ", " is "], [" over ", " above "], [" under ", " below "]]  # for each operator
+    pairs = {}  # prompt -> target: no prompt twice, so train and validation share none
+    while len(pairs) < train + validation:
+        nouns = rng.sample(words + numbers, rng.choice([3, 4]))
+        header = [f"{noun}_{rng.choice('abcdefgh')}" for noun in nouns]
+        select, *asked = rng.sample(range(len(nouns)), rng.choice([2, 2, 3]))
+        aggregate = rng.choice([0, 0, 1, 2, 3, 4, 5] if nouns[select] in numbers else [0, 0, 3])
+        conditions, clauses = [], []
+        for column in asked:
+            operator, value = rng.randrange(3), rng.randrange(100)
+            if nouns[column] in words:
+                operator, value = 0, "".join(rng.choice(letters) for letters in ["bdfklmnprstvz", "aeiou", "bdgklmnprstz"])
+            conditions.append((column, operator, value))
+            clauses.append(f"{nouns[column]}{rng.choice(compare[operator])}{value}")
+        question = " ".join([rng.choice(asking[aggregate]), nouns[select], rng.choice(["with", "for"]),
+                             " and ".join(clauses)]) + "?"
+        prompt, target = sql_prompt(header, question), to_sql(header, select, aggregate, conditions)
+        if len(prompt) + len(target) < 128:  # end of text is the 128th
+            pairs[prompt] = target
+    pairs = list(pairs.items())
+    return pairs[:train] if split == "train" else pairs[train:]
+
+
+def read(dataset, split, path, config, columns):
+    """A split from the Hub, or a folder like it, nested columns flattened ("table.header"); it must have `columns`."""
+    import datasets  # only here: data sets that need no files do without
+    import huggingface_hub
+    for library in datasets, huggingface_hub.utils:
+        library.disable_progress_bars()
+        library.logging.set_verbosity_error()
+    source = str(Path(path).resolve()) if path else DATASETS[dataset]["hub"]
+    if not path:
+        print(f"reading {source} from the Hub", file=sys.stderr)  # which may take its time, also to give up
+    try:
+        # A folder that declares no configuration has just one, which the library calls "default".
+        plain = path and datasets.get_dataset_config_names(source) == ["default"]
+        config = config or (None if plain else DATASETS[dataset]["config"])
+        revision = None if path else DATASETS[dataset]["revision"]
+        rows = datasets.load_dataset(source, config, split=split, revision=revision)
+    except Exception as error:  # the library's, the network's or a parser's: there is no list of them
+        reason = " ".join(str(error).split())
+        if path or isinstance(error, ValueError):
+            raise ValueError(f"cannot read the {split} split of {source}: {reason} (--data-config, "
+                             f"now {config or 'not given'}, chooses the configuration)") from error
+        raise ConnectionError(f"{source} is out of reach: {reason}. Pass --data-path DIR with a local copy of it, "
+                              "or --dataset stdlib or toysql, which need no download") from error
+    found, rows = rows.column_names, rows.flatten()
+    missing = [column for column in columns if column not in rows.column_names]
+    if missing:
+        raise ValueError(f"{source} is not {dataset}: its columns are {', '.join(found)}; {', '.join(missing)} missing")
+    if not len(rows):
+        raise ValueError(f"the {split} split of {source} is empty: choose another --data-path or --data-config")
+    return rows

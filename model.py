@@ -1,0 +1,417 @@
+"""GPT-2 and GPT-Neo in one plain definition, with MLPs that can skip neurons.
+
+Read top to bottom: the configuration, attention, the MLP (the part that gets pruned), the model, then how weights travel
+between files in Hugging Face's format and this definition. The MLP knows that some of its neurons may be skipped; why
+they are skipped is `prune.py`'s business.
+
+Shapes: B sequences, T tokens each, d = n_embd, m neurons in an MLP of which k are kept, V = vocab_size.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPTConfig:
+    """What a model looks like. The fields after `n_head` are what differs between GPT-2, GPT-Neo and pruned models."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024  # the longest context, in tokens
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    model_type: str = "gpt2"  # or "gpt_neo": whose names and layout the weights files follow
+    attn_scaled: bool = True  # GPT-Neo does not divide its attention logits by sqrt(head size)
+    qkv_bias: bool = True  # GPT-Neo's query, key and value have no bias
+    windows: tuple = ()  # for each layer: how many tokens back it may look, None = all; () = all, everywhere
+    mlp_widths: tuple = ()  # for each layer: neurons in its MLP, 0 upwards; () = 4 * n_embd everywhere
+    layer_norm_epsilon: float = 1e-5
+
+    def __post_init__(self):
+        self.windows = tuple(self.windows) or (None,) * self.n_layer
+        self.mlp_widths = tuple(self.mlp_widths) or (4 * self.n_embd,) * self.n_layer
+        if not len(self.windows) == len(self.mlp_widths) == self.n_layer:
+            raise ValueError(f"{self.n_layer} layers want as many windows and MLP widths, not "
+                             f"{len(self.windows)} and {len(self.mlp_widths)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, so that a new token costs one token's work.
+
+    `keys` and `values` are [n_layer, B, n_head, capacity, d / n_head]; the first `length` positions are filled.
+    """
+
+    def __init__(self, config, batch, capacity, device=None, dtype=None):
+        shape = (config.n_layer, batch, config.n_head, capacity, config.n_embd // config.n_head)
+        self.keys, self.values = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
+        self.length = 0
+
+    def append(self, layer, k, v):
+        """Store the new tokens' `k` and `v` [B, n_head, T, d / n_head] of one layer; returns all keys and values so far."""
+        end = self.length + k.size(2)
+        self.keys[layer][:, :, self.length : end] = k
+        self.values[layer][:, :, self.length : end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+def attention_mask(queries, keys, window, start, device):
+    """Which of `keys` tokens each of the last `queries` tokens may look at: bool [B or 1, 1, queries, keys].
+
+    Query i sees key j if 0 <= i - j < `window` (None = no limit) and j >= `start` [B], the row's left padding.
+    None when plain causal attention says the same (nothing cached, padded or out of the window) or hides nothing.
+    """
+    if start is None and (window is None or keys <= window) and queries in (1, keys):
+        return None
+    i = torch.arange(keys - queries, keys, device=device)[:, None]
+    j = torch.arange(keys, device=device)
+    seen = (j <= i)[None]  # [1, queries, keys]
+    if window is not None:
+        seen = seen & (i - j < window)
+    if start is not None:
+        # A padding token sees itself, so that no row of the softmax is empty; nobody reads what it computes.
+        seen = seen & (j >= start[:, None, None]) | (j == i)  # [B, queries, keys]
+    return seen[:, None]
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention; in GPT-Neo's local layers over a sliding window."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.n_head = layer, config.n_head
+        self.scale = None if config.attn_scaled else 1.0  # None: torch's default, 1 / sqrt(head size)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, mask, cache=None):
+        B, T, d = x.shape
+        q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in self.c_attn(x).split(d, dim=2))
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # [B, n_head, all tokens so far, d / n_head]
+        causal = mask is None and T == k.size(2) and T > 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, d))  # [B, T, d]
+
+
+class MLP(nn.Module):
+    """h = gelu(x W1^T + b1), output h W2^T + b2, over the neurons in `keep` only (section 2 of the paper).
+
+    Neuron j is row j of W1 [m, d], entry j of b1 [m] and column j of W2 [d, m]. A masked neuron has h = gelu(0) = 0 and a
+    zero column in W2, so it adds nothing to the output, and every product in its gradient has a zero factor. Leaving it
+    out therefore gives the same outputs and gradients as multiplying by a mask, for less work.
+
+    `keep`: indices of the neurons to compute [k], None = all. `hold`: put h [B, T, k] in `held` at every forward pass.
+    """
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, config.mlp_widths[layer])
+        self.c_proj = nn.Linear(config.mlp_widths[layer], config.n_embd)
+        self.keep, self.hold, self.held = None, False, None
+
+    def forward(self, x):
+        w1, b1, w2 = self.c_fc.weight, self.c_fc.bias, self.c_proj.weight  # [m, d] [m] [d, m]
+        if self.keep is not None:
+            w1, b1, w2 = w1[self.keep], b1[self.keep], w2[:, self.keep]  # [k, d] [k] [d, k]
+        h = F.gelu(F.linear(x, w1, b1), approximate="tanh")  # [B, T, d] -> [B, T, k]
+        if self.hold:
+            self.held = h
+        return F.linear(h, w2, self.c_proj.bias)  # [B, T, k] -> [B, T, d]
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config, layer)
+
+    def forward(self, x, mask, cache=None):
+        x = x + self.attn(self.ln_1(x), mask, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """A GPT-2 or GPT-Neo language model with its output head tied to the token embedding."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif "ln_" not in name:  # GPT-2's initialisation: what adds to the residual stream starts smaller
+                nn.init.normal_(parameter, std=0.02 / (2 * config.n_layer) ** (0.5 * name.endswith("c_proj.weight")))
+
+    def features(self, idx, cache=None, start=None):
+        """The final hidden states [B, T, d] of tokens `idx` [B, T]; `start` [B] counts each row's left padding."""
+        T, past = idx.size(1), cache.length if cache else 0
+        if past + T > self.config.n_positions:
+            raise ValueError(f"{past + T} tokens are more than the model's context of {self.config.n_positions}")
+        positions = torch.arange(past, past + T, device=idx.device)[None]  # [1, T]
+        if start is not None:
+            positions = (positions - start[:, None]).clamp(min=0)  # [B, T]
+        x = self.wte(idx) + self.wpe(positions)  # [B, T, d]
+        masks = {window: attention_mask(T, past + T, window, start, idx.device) for window in set(self.config.windows)}
+        for block, window in zip(self.h, self.config.windows):
+            x = block(x, masks[window], cache)
+        if cache is not None:
+            cache.length += T
+        return self.ln_f(x)
+
+    def forward(self, idx, targets=None, label_smoothing=0.0):
+        """Next-token logits [B, T, V] of tokens `idx` [B, T], and the mean loss in nats per token (None without targets).
+
+        `targets` [B, T] holds the token that should follow each one, -100 where none counts. Raises ValueError if the
+        sequence is longer than the context.
+        """
+        logits = F.linear(self.features(idx), self.wte.weight)  # [B, T, d] -> [B, T, V]
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), label_smoothing=label_smoothing)
+        return logits, loss
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
+        """Continue `idx` [B, T] by up to `max_new_tokens`, sampled one by one; temperature 0 takes the likeliest token."""
+        length = min(idx.size(1) + max_new_tokens, self.config.n_positions)
+        cache = KVCache(self.config, idx.size(0), length, idx.device, self.wte.weight.dtype)
+        new = idx
+        while idx.size(1) < length:
+            logits = F.linear(self.features(new, cache)[:, -1], self.wte.weight).float()  # [B, V]
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)  # [B, 1]
+            else:
+                if top_k:
+                    logits[logits < logits.topk(top_k).values[:, -1:]] = -torch.inf
+                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)  # [B, 1]
+            idx = torch.cat([idx, new], dim=1)
+        return idx
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir):
+        """Load a model in Hugging Face's format from a local folder, or by its name on the Hub (in float32, on the CPU).
+
+        Reads `config.json` with `model.safetensors`, its shards and index, or `pytorch_model.bin` (never running pickled
+        code), one tensor at a time, so that memory peaks at the model plus its largest tensor. Raises
+        FileNotFoundError where there is no model, ConnectionError if the Hub cannot be reached, and ValueError for
+        anything that is not exactly a GPT-2 or GPT-Neo this file defines, naming the keys that are missing or left over.
+        """
+        folder = Path(name_or_dir) if os.path.isdir(name_or_dir) else download(str(name_or_dir))
+        config = read_config(folder)
+        with torch.device("meta"):  # shapes without memory: every parameter is then replaced by the one read
+            model = cls(config)
+        tensors = Tensors(folder)
+        missing = []
+        for name, parameter in list(model.named_parameters()):
+            sources = hf_names(name, config)
+            if not all(source in tensors.names for source in sources):
+                missing += [source for source in sources if source not in tensors.names]
+                continue
+            tensor = torch.cat([tensors.read(source) for source in sources])
+            if is_transposed(name, config):
+                tensor = tensor.t()
+            if tensor.shape != parameter.shape:
+                raise ValueError(f"{folder}: {sources[0]} has shape {list(tensor.shape)}, its config.json says "
+                                 f"{list(parameter.shape)}")
+            module, _, leaf = name.rpartition(".")
+            value = tensor.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+            setattr(model.get_submodule(module), leaf, nn.Parameter(value))
+        if missing:
+            raise ValueError(f"{folder}: its weights lack {', '.join(missing)}")
+        if "lm_head.weight" in tensors.names and not torch.equal(tensors.read("lm_head.weight").float(), model.wte.weight):
+            raise ValueError(f"{folder}: lm_head.weight differs from wte.weight; only tied output heads are known here")
+        if tensors.names:
+            raise ValueError(f"{folder}: its weights hold {', '.join(sorted(tensors.names))}, which this model has no use for")
+        return model
+
+    def save_pretrained(self, folder, pad=False):
+        """Write `config.json` and `model.safetensors` into `folder`, in Hugging Face's layout and names.
+
+        Layers keep their own widths, as `mlp_widths` in the configuration. `pad=True` fills every layer with zero neurons
+        to the widest one's width: the same function, larger, which any Hugging Face loader reads. Both files are written
+        beside and then moved into place, so neither is ever torn.
+        """
+        from safetensors.torch import save_file
+
+        config = self.config
+        width = max(max(config.mlp_widths), 1)  # other loaders expect at least one neuron
+        state = {}
+        for name, tensor in self.state_dict().items():
+            if pad and ".mlp.c_fc." in name:
+                tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, width - tensor.size(0)))
+            elif pad and name.endswith(".mlp.c_proj.weight"):
+                tensor = F.pad(tensor, (0, width - tensor.size(1)))
+            if is_transposed(name, config):
+                tensor = tensor.t()
+            sources = hf_names(name, config)
+            for source, part in zip(sources, tensor.chunk(len(sources))):
+                state["transformer." + source] = part.contiguous()
+        settings = config_to_hf(config, (width,) * config.n_layer if pad else config.mlp_widths)
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(state, folder / "model.safetensors.tmp", metadata={"format": "pt"})
+        (folder / "config.json.tmp").write_text(json.dumps(settings, indent=2) + "\n")
+        for file in ("model.safetensors", "config.json"):
+            os.replace(folder / (file + ".tmp"), folder / file)
+
+
+# From here on: Hugging Face's file format.
+
+# What GPT-2 and GPT-Neo call the same thing, in this file's order of fields.
+GPT2_KEYS = dict(n_positions="n_positions", n_embd="n_embd", n_layer="n_layer", n_head="n_head", inner="n_inner",
+                 activation="activation_function")
+NEO_KEYS = dict(n_positions="max_position_embeddings", n_embd="hidden_size", n_layer="num_layers", n_head="num_heads",
+                inner="intermediate_size", activation="activation_function")
+
+
+def read_config(folder):
+    """The GPTConfig that `folder`/config.json describes; raises FileNotFoundError or ValueError."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no model: there is no config.json in it")
+    try:
+        hf = json.loads(path.read_text())
+        kind = hf.get("model_type")
+        if kind not in ("gpt2", "gpt_neo"):
+            raise ValueError(f"model_type is {kind!r}; gpt2 and gpt_neo are known")
+        keys = GPT2_KEYS if kind == "gpt2" else NEO_KEYS
+        fields = {field: hf[keys[field]] for field in ("n_positions", "n_embd", "n_layer", "n_head")}
+        if hf.get(keys["activation"], "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
+            raise ValueError(f"{keys['activation']} is {hf[keys['activation']]!r}; gelu_new is known")
+        if hf.get("tie_word_embeddings") is False or hf.get("scale_attn_by_inverse_layer_idx"):
+            raise ValueError("untied output heads and scale_attn_by_inverse_layer_idx are not known")
+        n_layer = fields["n_layer"]
+        inner = hf.get(keys["inner"])
+        widths = hf.get("mlp_widths") or (() if inner is None else (inner,) * n_layer)
+        windows = ()
+        if kind == "gpt_neo":
+            layers = hf.get("attention_layers") or [a for names, n in hf["attention_types"] for a in names * n]
+            windows = tuple(hf.get("window_size", 256) if a == "local" else None for a in layers)
+        return GPTConfig(vocab_size=hf["vocab_size"], **fields, model_type=kind, windows=windows, mlp_widths=widths,
+                         attn_scaled=kind == "gpt2" and hf.get("scale_attn_weights", True), qkv_bias=kind == "gpt2",
+                         layer_norm_epsilon=hf.get("layer_norm_epsilon", 1e-5))
+    except KeyError as error:
+        raise ValueError(f"{path}: {error} is missing") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def config_to_hf(config, widths):
+    """`config` as the dict that goes into config.json, for MLPs of `widths` (equal ones make a plain n_inner)."""
+    gpt2 = config.model_type == "gpt2"
+    keys = GPT2_KEYS if gpt2 else NEO_KEYS
+    hf = {"architectures": ["GPT2LMHeadModel" if gpt2 else "GPTNeoForCausalLM"], "model_type": config.model_type,
+          "vocab_size": config.vocab_size, "layer_norm_epsilon": config.layer_norm_epsilon, "tie_word_embeddings": True,
+          "bos_token_id": config.vocab_size - 1, "eos_token_id": config.vocab_size - 1, "torch_dtype": "float32",
+          keys["activation"]: "gelu_new", keys["inner"]: max(widths)}
+    hf |= {keys[field]: getattr(config, field) for field in ("n_positions", "n_embd", "n_layer", "n_head")}
+    if gpt2:
+        hf["scale_attn_weights"] = config.attn_scaled
+    else:
+        kinds = ["global" if window is None else "local" for window in config.windows]
+        hf |= {"attention_types": [[[kind], 1] for kind in kinds], "attention_layers": kinds,
+               "window_size": next(filter(None, config.windows), 256)}
+    if len(set(widths)) > 1:
+        hf["mlp_widths"] = list(widths)
+    return hf
+
+
+def hf_names(name, config):
+    """What Hugging Face calls our parameter `name`; GPT-Neo keeps query, key and value apart."""
+    if config.model_type == "gpt_neo":
+        if ".attn.c_attn." in name:
+            return [name.replace("attn.c_attn", f"attn.attention.{part}_proj") for part in "qkv"]
+        name = name.replace("attn.c_proj", "attn.attention.out_proj")
+    return [name]
+
+
+def is_transposed(name, config):
+    """GPT-2's files hold the weights of its linear layers as [in, out] (`Conv1D`)."""
+    return config.model_type == "gpt2" and re.search(r"\.c_(attn|proj|fc)\.weight$", name) is not None
+
+
+class Tensors:
+    """The tensors in a folder's weights files, each read once, by name (without the `transformer.` prefix).
+
+    `names` are those not read yet, known buffers aside. Raises FileNotFoundError or ValueError.
+    """
+
+    BUFFERS = re.compile(r"h\.\d+\.attn\.(attention\.)?(bias|masked_bias)$")
+
+    def __init__(self, folder):
+        self.file_of, self.bin = {}, (None, {})
+        files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+        path = next((Path(folder) / file for file in files if (Path(folder) / file).is_file()), None)
+        if path is None:
+            raise FileNotFoundError(f"{folder} holds no model: there is none of {', '.join(files)} in it")
+        if path.suffix == ".json":
+            try:
+                index = {name: path.parent / file for name, file in json.loads(path.read_text())["weight_map"].items()}
+            except (ValueError, KeyError, AttributeError) as error:
+                raise ValueError(f"{path} can't be read as an index of weights: {error}") from error
+        else:
+            index = {name: path for name in self.open(path)}
+        for name, file in index.items():
+            self.file_of[name.removeprefix("transformer.")] = (file, name)
+        self.names = {name for name in self.file_of if not self.BUFFERS.match(name)}
+
+    def read(self, name):
+        self.names.remove(name)
+        file, full_name = self.file_of[name]
+        return self.open(file, full_name)
+
+    def open(self, file, name=None):
+        """The tensor `name` of a weights file; without a name, the names in it."""
+        from safetensors import safe_open
+
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing, which holds part of the model's weights")
+        try:
+            if file.suffix == ".safetensors":
+                # Opened anew for each tensor: what an open file has mapped counts as our memory until it is closed.
+                with safe_open(file, framework="pt") as weights:
+                    return weights.keys() if name is None else weights.get_tensor(name).clone()
+            if self.bin[0] != file:  # the one .bin file in memory; its tensors leave it as they are read
+                self.bin = (file, None)
+                self.bin = (file, torch.load(file, map_location="cpu", weights_only=True))
+            return list(self.bin[1]) if name is None else self.bin[1].pop(name)
+        except Exception as error:  # each format has its own exceptions for a file that is cut off or damaged
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{file} is damaged, cut off or no weights file: {reason}") from error
+
+
+def download(name):
+    """The folder in Hugging Face's local cache with the model `name` of the Hub, fetched unless it is there."""
+    known = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) and name not in known:
+        raise FileNotFoundError(f"no model {name!r}: there is no such folder, and a name on the Hub is owner/name "
+                                f"(say EleutherAI/gpt-neo-125m) or one of {', '.join(known)}")
+    from huggingface_hub import snapshot_download  # comes with `datasets`
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        files = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
+        folder = Path(snapshot_download(name, allow_patterns=files))
+        if not any(folder.glob("model*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=["config.json", "pytorch_model*"]))
+        return folder
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(f"no model {name!r} on the Hub, or it is private") from error
+    except Exception as error:  # whatever stands between us and the Hub, the way out is the same
+        raise ConnectionError(f"can't get {name!r} from the Hub ({type(error).__name__}); give a folder that holds it in "
+                              f"Hugging Face's format, or `--model tiny`, which needs no download") from error

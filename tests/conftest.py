@@ -1,0 +1,6 @@
+"""The project's files are modules at its top level, wherever pytest is started from."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -1,0 +1,507 @@
+"""Fine-prune a GPT from one command: `python train.py --method gum --dataset wikitext --model gpt2 --leftover 0.25`.
+
+In order: the flags and their defaults, a run's folder and checkpoint, the training loop, a whole run, the closing table.
+Nothing here depends on a random state that would have to be saved: the order of the data is a function of the seed and the
+step. So an interrupted run goes on bit for bit as if it had not been interrupted.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import sys
+import time
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from tqdm import tqdm
+
+import data
+import measure
+from model import GPT, GPTConfig
+from prune import LEARNED, METHODS, Pruner, distillation_loss, leftover_at, lr_factor, shrink
+
+TINY = dict(vocab_size=257, n_positions=256, n_embd=128, n_layer=4, n_head=4)  # a byte-level GPT-2
+
+# The paper's settings (Appendix F); what it does not give is its released code's. `tiny`, trained from scratch, has some of
+# its own. Settings that depend on others are in `resolve`.
+DEFAULTS = dict(
+    method="gum", dataset="stdlib", model="tiny", leftover=0.25, seed=0, epochs=5.0, batch_size=8, accumulate=1, lr=5e-4,
+    eps=1e-4, weight_decay=0.1, label_smoothing=0.0, mask_lr=1e-2, lambda_mvp=2.0, lambda_sim=0.99, tau=0.1, alpha_ce=0.5,
+    alpha_kd=0.5, temperature=2.0, device="cuda" if torch.cuda.is_available() else "cpu", checkpoint_every=500, log_every=10)
+FOR_TINY = dict(steps=1600, lr=4e-3, eps=1e-8, checkpoint_every=200, log_every=20)
+BLOCK_SIZE = dict(stdlib=128, toysql=256, wikisql=512, e2e=512, wikitext=1024, samsum=1024)  # tokens
+
+# Settings that mean something only when pruning, or when distilling; and flags that do not change what comes out.
+PRUNING = ("leftover", "scope", "mask_lr", "lambda_mvp", "lambda_gum", "lambda_sim", "tau")
+DISTILLING = ("teacher", "alpha_ce", "alpha_kd", "temperature")
+NOT_SETTINGS = ("out", "resume", "checkpoint_every")
+
+# flag: its type (or choices), what it is, and which values are allowed
+FLAGS = {
+    "what to run": {
+        "method": (METHODS, "how neurons are chosen: " + "; ".join(f"{name}, {text}" for name, text in METHODS.items())),
+        "dataset": (data.DATASETS, "what to train on"),
+        "model": (str, "a Hub name (gpt2, EleutherAI/gpt-neo-125m), a folder in Hugging Face's format, a finished run's "
+                       "folder, or tiny, a small byte-level GPT-2 that is first trained dense"),
+        "leftover": (float, "v, the fraction of MLP neurons left at the end"),
+        "scope": (("layer", "global"), "keep the best of each layer or of the network (default: global for gum, else layer)"),
+        "seed": (int, "of the initialisation, the data's order and random scores"),
+        "out": (str, "the run's folder (default: out/NAME, named from the settings)"),
+    },
+    "data": {
+        "data-path": (str, "a local folder with the data in the Hub's layout, instead of the Hub"),
+        "data-config": (str, "the data's configuration (default for wikitext: wikitext-103-v1)"),
+        "block-size": (int, "tokens per sequence, at most the model's context (default: "
+                            + ", ".join(f"{name} {size}" for name, size in BLOCK_SIZE.items()) + ")"),
+    },
+    "training": {
+        "steps": (int, "optimizer steps (default: what --epochs make)"),
+        "epochs": (float, "passes over the training split (samsum: 3)"),
+        "batch-size": (int, "sequences per optimizer step"),
+        "accumulate": (int, "micro-batches that a step is computed in, to save memory"),
+        "lr": (float, "the weights' peak learning rate"),
+        "eps": (float, "AdamW's epsilon for the weights; the scores keep the paper's 1e-4"),
+        "weight-decay": (float, "of the weights; not of biases, norms and scores"),
+        "label-smoothing": (float, "always 0 when distilling"),
+    },
+    "pruning": {
+        "mask-lr": (float, "the scores' peak learning rate (soft: 10; gum for gpt2 on samsum: 1e-3)"),
+        "lambda-mvp": (float, "weight of the scores' regulariser"),
+        "lambda-gum": (float, "weight of uniqueness in it (default: 0; gum: 10, and 100 when distilling)"),
+        "lambda-sim": (float, "how fast the running similarity forgets"),
+        "tau": (float, "soft movement's final threshold"),
+    },
+    "distillation": {
+        "teacher": (str, "a dense model's folder or Hub name (default: the dense run of the same data, model and seed)"),
+        "alpha-ce": (float, "weight of the data's loss"),
+        "alpha-kd": (float, "weight of the teacher's"),
+        "temperature": (float, "of both distributions"),
+    },
+    "machine": {
+        "device": (str, "cuda or cpu"),
+        "dtype": (("float32", "bfloat16"), "of the matrix products (default: bfloat16 on a GPU that has it)"),
+        "checkpoint-every": (int, "steps between checkpoints"),
+        "log-every": (int, "steps between lines of log.jsonl"),
+        "eval-every": (int, "steps between evaluations on part of the validation split (default: a fifth of all)"),
+    },
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse would print the whole usage first
+        fail(f"{message}; see python train.py --help")
+
+
+def fail(message):
+    """A user's mistake: one line, exit status 2."""
+    print(f"train.py: error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse(argv=None):
+    """The flags as given, None where they are not. Ends the program if one makes no sense by itself or with the others."""
+    parser = Parser(description="Fine-prune the MLP neurons of GPT-2 and GPT-Neo.", allow_abbrev=False)
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for flag, (kind, text) in flags.items():
+            name = flag.replace("-", "_")
+            defaults = [f"{where}{values[name]}" for where, values in (("", DEFAULTS), ("tiny: ", FOR_TINY)) if name in values]
+            text += f" (default: {'; '.join(defaults)})" if defaults else ""
+            group.add_argument("--" + flag, help=text, **({"type": kind} if callable(kind) else {"choices": list(kind)}))
+        if title in ("what to run", "distillation"):
+            flag, text = {"what to run": ("--resume", "go on with the interrupted run of this very command"),
+                          "distillation": ("--distill", "learn from a dense model, too")}[title]
+            group.add_argument(flag, action="store_true", help=text)
+    args = parser.parse_args(argv)
+
+    def check(names, allowed, text):
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not allowed(value):
+                fail(f"--{name.replace('_', '-')} {value} is out of range: it must be {text}")
+
+    check(("steps", "epochs", "batch_size", "accumulate", "block_size", "lr", "eps", "mask_lr", "temperature", "tau",
+           "checkpoint_every", "log_every", "eval_every"), lambda x: 0 < x < float("inf"), "above 0")
+    check(("weight_decay", "lambda_mvp", "lambda_gum", "alpha_ce", "alpha_kd"), lambda x: 0 <= x < float("inf"), "at least 0")
+    check(("leftover", "lambda_sim"), lambda x: 0 < x <= 1, "in (0, 1]")
+    check(("label_smoothing",), lambda x: 0 <= x < 1, "in [0, 1)")
+    given = [name for name, value in vars(args).items() if value]
+    method = args.method or DEFAULTS["method"]
+    if method == "none" and (useless := [name for name in PRUNING if name in given and args.leftover != 1]):
+        fail(f"--{useless[0].replace('_', '-')} means nothing with --method none, which keeps every neuron")
+    if method == "soft" and args.scope:
+        fail("--scope means nothing with --method soft: one threshold serves every layer")
+    if method not in LEARNED and args.lambda_gum:
+        fail(f"--lambda-gum means nothing with --method {method}, whose scores are not learned")
+    if not args.distill and (useless := [name for name in DISTILLING if name in given]):
+        fail(f"--{useless[0].replace('_', '-')} goes with --distill")
+    if args.distill and args.label_smoothing:
+        fail("--label-smoothing is 0 when distilling: leave it out")
+    if args.device and args.device.split(":")[0] not in ("cpu", "cuda"):
+        fail(f"--device {args.device} is not known: it is cuda or cpu")
+    if args.device and args.device.startswith("cuda") and not torch.cuda.is_available():
+        fail("--device cuda: this machine, or this build of torch, has no CUDA; use --device cpu")
+    return args
+
+
+def resolve(flags):
+    """The settings that `flags` (from `parse`) mean: their defaults filled in, the run's folder named."""
+    args = SimpleNamespace(**vars(flags))
+    given = {name: value for name, value in vars(flags).items() if value is not None and name not in NOT_SETTINGS}
+    defaults = DEFAULTS | (FOR_TINY if given.get("model", "tiny") == "tiny" else {})
+    if "steps" in given or "steps" in defaults and "epochs" not in given:
+        defaults.pop("epochs")
+    else:
+        defaults.pop("steps", None)
+        defaults["epochs"] = 3.0 if args.dataset == "samsum" else defaults["epochs"]
+    method = given.get("method", "gum")
+    defaults["scope"] = {"gum": "global", "soft": None}.get(method, "layer")
+    defaults["lambda_gum"] = (100.0 if args.distill else 10.0) if method == "gum" else 0.0
+    if method == "soft":
+        defaults["mask_lr"] = 10.0
+    elif (method, args.model, args.dataset) == ("gum", "gpt2", "samsum"):
+        defaults["mask_lr"] = 1e-3
+    if method == "none":
+        defaults |= dict.fromkeys(PRUNING) | dict(leftover=1.0)
+    if not args.distill:
+        defaults |= dict.fromkeys(DISTILLING)
+    device = given.get("device", defaults["device"])
+    defaults["dtype"] = "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.out is None:
+        parts = [args.method, args.dataset, Path(args.model).name]
+        parts += [f"{args.leftover:g}"] * (args.method != "none") + ["distill"] * args.distill
+        unsaid = ("method", "dataset", "model", "leftover", "distill", "seed", "data_path", "device", "dtype", "log_every",
+                  "eval_every")
+        parts += [f"{name.replace('_', '-')}={Path(value).name if name == 'teacher' else value}"
+                  for name, value in given.items() if name not in unsaid and value != defaults.get(name)]
+        args.out = str(Path("out") / "-".join([*parts, f"seed{args.seed}"]))
+    return args
+
+
+# A run's folder ends with config.json, model.safetensors, log.jsonl, and metrics.json, which is written last and so says that
+# the run is finished. Until then it holds settings.json, from the start, and checkpoint.pt.
+
+
+def settings_of(args):
+    return {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+
+
+def write_whole(path, text):
+    """Write a small file so that it is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def check_folder(args):
+    """Whether the run in args.out is "new", "interrupted" or "finished". Raises ValueError if it can't go on from there."""
+    out = Path(args.out)
+    state = next((file for file in ("metrics.json", "settings.json") if (out / file).is_file()), None)
+    if not args.resume:
+        if state == "metrics.json":
+            raise ValueError(f"{out} holds a finished run: name another folder with --out, or remove it")
+        if (out / "checkpoint.pt").exists():
+            raise ValueError(f"{out} holds an interrupted run: add --resume to its command to go on, or remove it")
+        if state is None and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise ValueError(f"{out} exists and is no run's folder: name another with --out")
+        return "new"
+    if state is None:
+        raise ValueError(f"nothing to resume in {out}: run the same command without --resume")
+    try:
+        saved = json.loads((out / state).read_text())
+    except ValueError as error:
+        raise ValueError(f"{out / state} is damaged: remove {out} and start over") from error
+    saved = saved.get("settings", saved)
+    different = [f"{name} is {saved.get(name)} there and {value} here" for name, value in settings_of(args).items()
+                 if saved.get(name) != value]
+    if different:
+        raise ValueError(f"{out} is a run with other settings ({', '.join(different)}): resume it with its own command")
+    return "finished" if state == "metrics.json" else "interrupted"
+
+
+def dense_run(args, flags):
+    """The folder of the dense run of the same data, model and seed, and its flags: the same run without pruning.
+
+    If the folder that those flags name is no finished run, any finished one of that data, model and seed beside it or
+    beside args.out serves as well (but for `tiny`, whose dense run can be made on the spot).
+    """
+    dense = SimpleNamespace(**vars(flags) | dict.fromkeys(PRUNING + DISTILLING + ("out",)) | dict(method="none", distill=False))
+    folder = Path(resolve(dense).out)
+    if args.model != "tiny" and not (folder / "metrics.json").exists():
+        for path in sorted({*folder.parent.glob("*/metrics.json"), *Path(args.out).parent.glob("*/metrics.json")}):
+            saved = json.loads(path.read_text())["settings"]
+            same = ("dataset", "data_config", "model", "seed")
+            if saved["method"] == "none" and not saved["distill"] and all(saved[n] == getattr(args, n) for n in same):
+                return path.parent, dense
+    return folder, dense
+
+
+# Training.
+
+
+@lru_cache(maxsize=2)
+def shuffled(n, seed, epoch):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch)).tolist()
+
+
+def batch_indices(step, n, batch_size, seed):
+    """Which of the n training sequences make up the batch of `step` (from 1): one shuffled epoch after the other."""
+    first = (step - 1) * batch_size
+    return [shuffled(n, seed, place // n)[place % n] for place in range(first, first + batch_size)]
+
+
+def make_optimizer(model, pruner, args):
+    """AdamW over three groups: weights, what is not decayed (biases and norms), and the scores at a rate of their own."""
+    groups = [dict(params=[p for p in model.parameters() if p.dim() >= 2], weight_decay=args.weight_decay, peak=args.lr),
+              dict(params=[p for p in model.parameters() if p.dim() < 2], weight_decay=0.0, peak=args.lr)]
+    if pruner.scores.requires_grad:
+        groups.append(dict(params=[pruner.scores], weight_decay=0.0, peak=args.mask_lr, eps=1e-4))
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), eps=args.eps, fused=True)
+
+
+def lines_up_to(log, step):
+    """The lines of a log up to `step`; a later one was written after the checkpoint, and will be written again."""
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    return "".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step)
+
+
+def train(args, steps, model, teacher, train_data, val_data, resumed=None):
+    """The loop: fine-tune `model` for `steps`, pruning as the schedule says. Returns its sums, seconds and tokens among them.
+
+    On return the model skips the neurons that were pruned. Raises FloatingPointError when the loss is no longer a number
+    and KeyboardInterrupt (after saving a checkpoint) when it was told to stop.
+    """
+    device, autocast = torch.device(args.device), autocast_of(args)
+    checkpoint, log = Path(args.out) / "checkpoint.pt", Path(args.out) / "log.jsonl"
+    pruner = Pruner(model, args.method, args.leftover, steps, args.scope, args.lambda_mvp, args.lambda_gum,
+                    args.lambda_sim, args.tau, args.seed)
+    optimizer = make_optimizer(model, pruner, args)
+    sums = dict(seconds=0.0, tokens=0, loss=0.0, norm=0.0, since=0)  # loss and norm: over the steps since the last line
+    done = saved = 0
+    if resumed is not None:
+        done = saved = resumed["step"]
+        sums = resumed["sums"]
+        model.load_state_dict(resumed["model"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        pruner.load_state_dict(resumed["pruner"])
+    write_whole(log, lines_up_to(log, done))
+    eval_every = args.eval_every or max(steps // 5, 1)
+
+    stop = []  # Ctrl-C and SIGTERM end the loop between two steps, when everything is consistent
+    handlers = {number: signal.signal(number, lambda *_: stop.append(True)) for number in (signal.SIGINT, signal.SIGTERM)}
+    bar = tqdm(total=steps, initial=done, desc=Path(args.out).name, unit="step", dynamic_ncols=True, mininterval=0.5)
+    model.train()
+    clock, speed = time.perf_counter(), 0.0
+    for step in range(done + 1, steps + 1):
+        widths = pruner.select(step)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * lr_factor(step, steps)
+
+        batch = train_data.batch(batch_indices(step, len(train_data), args.batch_size, args.seed))
+        total = int((batch[1] != -100).sum())
+        for idx, targets, real in zip(*(tensor.tensor_split(args.accumulate) for tensor in batch)):
+            share = int((targets != -100).sum()) / total  # of the step's tokens that count
+            idx, targets, real = (tensor.to(device, non_blocking=True) for tensor in (idx, targets, real))
+            with autocast:
+                logits, loss = model(idx, targets, label_smoothing=args.label_smoothing)
+                if teacher is not None:
+                    with torch.no_grad():
+                        teacher_logits, _ = teacher(idx)
+                    kl = distillation_loss(logits, teacher_logits, targets, args.temperature)
+                    loss = args.alpha_ce * loss + args.alpha_kd * kl
+            pruner.observe(real)
+            loss = loss * share
+            loss.backward()
+            sums["loss"] += loss.detach()
+        pruner.score_gradient(step)
+        # Only the weights are clipped: a large score gradient never scales them, nor they it.
+        sums["norm"] += torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        sums["tokens"] += batch[0].numel()
+        sums["since"] += 1
+        last = step == steps
+        logs = step % args.log_every == 0 or last
+        saves = step % args.checkpoint_every == 0 or last or bool(stop)
+        if logs or saves:
+            sums["loss"], sums["norm"] = float(sums["loss"]), float(sums["norm"])
+            sums["seconds"] += time.perf_counter() - clock
+            if not (sums["loss"] + sums["norm"]) < float("inf"):
+                kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
+                raise FloatingPointError(f"the loss is no longer a finite number at step {step}; {kept}; try a lower --lr "
+                                         f"than {args.lr:g}")
+            if logs:
+                n = sums["since"]
+                record = dict(step=step, loss=sums["loss"] / n, grad_norm=sums["norm"] / n,
+                              lr=optimizer.param_groups[0]["lr"], v=leftover_at(step, steps, args.leftover),
+                              leftover=sum(widths) / sum(pruner.widths), widths=widths)
+                if step % eval_every == 0 and not last:
+                    record["val_loss"] = measure.mean_loss(model, val_data, args.batch_size, autocast, batches=50)
+                    model.train()
+                record |= dict(seconds=sums["seconds"], tokens_per_second=sums["tokens"] / sums["seconds"])
+                with open(log, "a") as file:
+                    file.write(json.dumps(record) + "\n")
+                bar.set_postfix(loss=f"{record['loss']:.3f}", leftover=f"{record['leftover']:.0%}",
+                                tokens_per_s=f"{record['tokens_per_second']:,.0f}")
+                sums["loss"], sums["norm"], sums["since"] = 0.0, 0.0, 0
+            if saves:
+                torch.save(dict(step=step, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                                pruner=pruner.state_dict(), sums=sums), checkpoint.with_suffix(".tmp"))
+                os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+                saved = step
+            clock = time.perf_counter()  # evaluating and saving are not training
+        bar.update(step - bar.n)
+        if stop and not last:
+            bar.close()
+            raise KeyboardInterrupt(f"stopped after step {step} of {steps}, which is saved in {checkpoint}")
+    bar.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    pruner.select(steps)
+    return sums
+
+
+# A whole run: check, load, train, shrink, save, report.
+
+
+def autocast_of(args):
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
+def load_model(source, args):
+    """The model in folder or Hub name `source`, or for None a new `tiny`, initialised from the seed."""
+    if source is not None:
+        return GPT.from_pretrained(source).to(args.device)
+    torch.manual_seed(args.seed)
+    return GPT(GPTConfig(**TINY)).to(args.device)
+
+
+def run(flags):
+    """Make the run that `flags` (from `parse`) describe, and for `tiny` the dense run it needs. Returns its metrics.
+
+    Raises ValueError or OSError for what the user got wrong, before anything is trained, and what `train` raises.
+    """
+    args = resolve(flags)
+    out, state = Path(args.out), check_folder(args)
+    if state == "finished":
+        return json.loads((out / "metrics.json").read_text())
+    dense, dense_flags = dense_run(args, flags)
+    has_dense, tiny = (dense / "metrics.json").exists(), args.model == "tiny"
+    if args.distill and not (args.teacher or has_dense or tiny):
+        extra = "".join(f" --{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in vars(dense_flags).items()
+                        if name in ("data_path", "data_config", "block_size", "steps", "epochs", "lr") and value is not None)
+        raise ValueError(f"--distill found no teacher: name one with --teacher, or make it first with: python train.py "
+                         f"--method none --dataset {args.dataset} --model {args.model} --seed {args.seed}{extra}")
+
+    # What can be wrong with the model, the data and the teacher is found here.
+    source = args.model if not tiny else dense if args.method != "none" else None
+    model = None if tiny else load_model(source, args)
+    config = GPTConfig(**TINY) if tiny else model.config
+    block_size = args.block_size or min(BLOCK_SIZE[args.dataset], config.n_positions)
+    if block_size > config.n_positions:
+        raise ValueError(f"--block-size {block_size} is longer than the model's context of {config.n_positions} tokens")
+    train_data, val_data = (data.load(args.dataset, split, config.vocab_size, block_size, args.data_path, args.data_config)
+                            for split in ("train", "validation"))
+    teacher = load_model(args.teacher, args) if args.teacher else None
+    steps = args.steps or max(1, round(args.epochs * len(train_data) / args.batch_size))
+    resumed = None
+    if state == "interrupted" and (out / "checkpoint.pt").exists():
+        try:
+            resumed = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+        except Exception as error:  # torch has several exceptions for a damaged file
+            raise ValueError(f"{out}/checkpoint.pt is damaged: remove {out} and start over") from error
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "settings.json", json.dumps(settings_of(args), indent=2) + "\n")
+    if tiny and not has_dense and (source is not None or args.distill and not args.teacher):
+        print(f"first the dense model, in {dense}", file=sys.stderr)
+        dense_flags.resume = (dense / "settings.json").exists()
+        run(dense_flags)
+    if tiny:
+        model = load_model(source, args)
+    if args.distill and not args.teacher:
+        print(f"teacher: {dense}", file=sys.stderr)
+        teacher = load_model(dense, args)
+    if teacher is not None:
+        if teacher.config.vocab_size != config.vocab_size or teacher.config.n_positions < block_size:
+            raise ValueError(f"the teacher has a vocabulary of {teacher.config.vocab_size} and a context of "
+                             f"{teacher.config.n_positions} tokens; {config.vocab_size} and {block_size} are needed")
+        teacher.requires_grad_(False).eval()
+
+    sums = train(args, steps, model, teacher, train_data, val_data, resumed)
+    model.eval()
+    shrink(model).save_pretrained(out)
+    del teacher
+    metrics = dict(settings=settings_of(args), steps=steps, block_size=block_size, seconds=sums["seconds"],
+                   tokens=sums["tokens"], tokens_per_second=sums["tokens"] / sums["seconds"])
+    metrics |= compare(load_model(source, args).eval(), model, val_data, args)
+    metrics["versions"] = dict(python=platform.python_version(), torch=torch.__version__)
+    metrics["machine"] = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine()
+    write_whole(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    for file in ("checkpoint.pt", "settings.json"):
+        (out / file).unlink(missing_ok=True)
+    return metrics
+
+
+def compare(start, result, val_data, args):
+    """Both models' loss on the whole validation split (nats per token), size, speed measured in turns, and a sample."""
+    tokenizer = data.tokenizer(result.config.vocab_size)
+    if isinstance(val_data, data.Blocks):
+        ids = tokenizer.encode("def ") if args.dataset == "stdlib" else val_data.tokens[:16].tolist()
+    else:
+        ids = val_data.prompts[0]
+    speeds = measure.prefill_speed([start, result], val_data.batch(range(min(args.batch_size, len(val_data))))[0])
+    about = {}
+    for name, model, speed in zip(("start", "result"), (start, result), speeds):
+        loss = measure.mean_loss(model, val_data, args.batch_size, autocast_of(args))
+        text = ids + model.generate([ids], 120, temperature=0.8, top_k=40, eot=tokenizer.eot,
+                                    generator=torch.Generator(args.device).manual_seed(0))[0]
+        about[name] = dict(val_loss=loss, val_perplexity=math.exp(loss), widths=list(model.config.mlp_widths),
+                           parameters=sum(p.numel() for p in model.parameters()), prefill_tokens_per_second=speed,
+                           sample=tokenizer.decode(text))
+    before, after = about["start"]["widths"], about["result"]["widths"]
+    return about | dict(leftover_wanted=args.leftover, leftover=sum(after) / sum(before),
+                        leftover_per_layer=[k / max(m, 1) for k, m in zip(after, before)])
+
+
+def report(metrics, folder):
+    """Print a finished run as a table: the model it started from against the one it made."""
+    start, result = metrics["start"], metrics["result"]
+    method = metrics["settings"]["method"]
+    print(f"\n{'':24}{'start' if method == 'none' else 'dense':>14}{method:>14}{'ratio':>9}")
+    for title, key, form in (("parameters", "parameters", ",.0f"), ("validation loss (nats)", "val_loss", ".4f"),
+                             ("validation perplexity", "val_perplexity", ".3f"),
+                             ("tokens/s (prefill)", "prefill_tokens_per_second", ",.0f")):
+        print(f"{title:24}{start[key]:>14{form}}{result[key]:>14{form}}{result[key] / start[key]:>8.2f}x")
+    print(f"neurons left: {metrics['leftover']:.2%} of {sum(start['widths']):,} ({metrics['leftover_wanted']:.2%} wanted)")
+    print(f"neurons per layer: {' '.join(map(str, start['widths']))} -> {' '.join(map(str, result['widths']))}")
+    print(f"trained {metrics['steps']} steps in {metrics['seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s")
+    for name, model in ((f"{'start' if method == 'none' else 'dense'}", start), (method, result)):
+        print(f"\n--- {name} writes:\n{model['sample']}")
+    print(f"\nthe model, its log and metrics are in {folder}")
+
+
+def main():
+    flags = parse()
+    try:
+        report(run(flags), resolve(flags).out)
+    except (ValueError, OSError, FloatingPointError) as error:
+        fail(error)
+    except KeyboardInterrupt as stopped:
+        again = shlex.join(["python", *sys.argv, *["--resume"] * (not flags.resume)])
+        print(f"\n{stopped}; go on with: {again}" if str(stopped) else "\nstopped before training began", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
