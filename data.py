@@ -52,15 +52,13 @@ def load(dataset, split, vocab_size, block_size, path=None, config=None, cache_d
     """
     if dataset not in DATASETS:
         raise ValueError(f"unknown dataset {dataset!r}: --dataset is one of {', '.join(DATASETS)}")
-    if split not in ("train", "validation"):
-        raise ValueError(f"unknown split {split!r}: it is 'train' or 'validation'")
-    if block_size < 1:
-        raise ValueError(f"a block of {block_size} tokens holds nothing: --block-size must be at least 1")
     hub = DATASETS[dataset]["hub"]
     if hub is None and (path or config):
         raise ValueError(f"{dataset} reads no data files: leave out --data-path and --data-config")
     if path and not Path(path).is_dir():
         raise FileNotFoundError(f"--data-path {path} is not a folder: give one that holds a copy of {hub}")
+    if block_size < 1:
+        raise ValueError(f"a block of {block_size} tokens holds nothing: --block-size must be at least 1")
     tok = tokenizer(vocab_size)
 
     if DATASETS[dataset]["metric"] == "perplexity":
@@ -139,7 +137,7 @@ class Examples:
     """
 
     def __init__(self, pairs, block_size, tok):
-        self.prompts, self.targets, self.references = [], [], []
+        self.block_size, self.prompts, self.targets, self.references = block_size, [], [], []
         self.eot, self.skipped, self.shortest, self.longest = tok.eot, 0, sys.maxsize, 0
         self.first = {}  # prompt -> the first example that has it
         references = {}  # prompt -> all its targets' texts: those too long to train on are right answers too
@@ -304,35 +302,28 @@ def wikisql_release(folder, split):
 def toysql(split, train=20_000, validation=1_000):
     """A made-up WikiSQL for small models: (prompt, target) texts, the same ones always, at most 128 bytes together.
 
-        city_b | wins_f | team_a
-        how many team with wins over 31?
-        SELECT COUNT team_a FROM table WHERE wins_f > 31
+        debt_B | wins_F | area_A
+        how many area with wins over 31?
+        SELECT COUNT area_A FROM table WHERE wins_F > 31
 
     The question has only the first part of a column's name; the rest, drawn anew for every schema, is in the header.
     So there is no answering without looking columns up in the header and copying values from the question.
     """
     rng = random.Random(2023)
     # All as long, no two with the same initial: looking a column up is then a matter of one byte, and quick to learn.
-    words = ["name", "team", "city", "band", "song", "zone", "user", "hero"]   # columns that hold words
-    numbers = ["area", "year", "rank", "wins", "mass", "debt", "laps", "goal"]  # columns that hold numbers
+    nouns = "area bids cost debt fans goal hits jobs laps mass page rank size time wins year".split()
     asking = [["which", "what"], ["highest", "largest"], ["lowest", "smallest"], ["how many", "count the"],
-              ["total", "sum of"], ["average", "mean"]]           # for each aggregate of `to_sql`
-    compare = [[" ", " is "], [" over ", " above "], [" under ", " below "]]  # for each operator
+              ["total", "sum of"], ["average", "mean"]]               # for each aggregate of `to_sql`
+    compare = [["is", "of"], ["over", "above"], ["under", "below"]]  # for each operator
     pairs = {}  # prompt -> target: no prompt twice, so train and validation share none
     while len(pairs) < train + validation:
-        nouns = rng.sample(words + numbers, rng.choice([3, 4]))
-        header = [f"{noun}_{rng.choice('abcdefgh')}" for noun in nouns]
-        select, *asked = rng.sample(range(len(nouns)), rng.choice([2, 2, 3]))
-        aggregate = rng.choice([0, 0, 1, 2, 3, 4, 5] if nouns[select] in numbers else [0, 0, 3])
-        conditions, clauses = [], []
-        for column in asked:
-            operator, value = rng.randrange(3), rng.randrange(100)
-            if nouns[column] in words:
-                operator, value = 0, "".join(rng.choice(letters) for letters in ["bdfklmnprstvz", "aeiou", "bdgklmnprstz"])
-            conditions.append((column, operator, value))
-            clauses.append(f"{nouns[column]}{rng.choice(compare[operator])}{value}")
-        question = " ".join([rng.choice(asking[aggregate]), nouns[select], rng.choice(["with", "for"]),
-                             " and ".join(clauses)]) + "?"
+        table = rng.sample(nouns, rng.choice([3, 4]))
+        header = [f"{noun}_{rng.choice('ABCDEFGH')}" for noun in table]
+        select, *asked = rng.sample(range(len(table)), rng.choice([2, 3]))
+        aggregate = rng.randrange(6)
+        conditions = [(column, rng.randrange(3), rng.randrange(10, 100)) for column in asked]
+        clauses = [f"{table[column]} {rng.choice(compare[operator])} {value}" for column, operator, value in conditions]
+        question = f"{rng.choice(asking[aggregate])} {table[select]} {rng.choice(['with', 'for'])} {' and '.join(clauses)}?"
         prompt, target = sql_prompt(header, question), to_sql(header, select, aggregate, conditions)
         if len(prompt) + len(target) < 128:  # end of text is the 128th
             pairs[prompt] = target

@@ -1,23 +1,29 @@
 """What the paper measures of a finished run, and why methods differ."""
 
 import time
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 
 
+def batches(examples, tokens=8192):
+    """Batches of a whole split for evaluation: neighbours in length together, at most `tokens` tokens (or one sequence)."""
+    order, rows = examples.by_length(), max(1, tokens // examples.block_size)
+    for first in range(0, len(order), rows):
+        yield examples.batch(order[first : first + rows])
+
+
 @torch.no_grad()
-def mean_loss(model, examples, batch_size, autocast, batches=None):
-    """The mean loss in nats per token that counts, over a split or its first `batches` batches. exp() is the perplexity."""
+def mean_loss(model, examples, autocast, most=None):
+    """The mean loss in nats per token that counts, over a split or its first `most` batches. exp() is the perplexity."""
     model.eval()
     device = model.wte.weight.device
     total, count = 0.0, 0
-    for first in range(0, len(examples), batch_size)[:batches]:
-        idx, targets, _ = examples.batch(range(first, min(first + batch_size, len(examples))))
+    for idx, targets, _ in islice(batches(examples), most):
         with autocast:
             logits, _ = model(idx.to(device))
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.to(device).flatten(), reduction="sum")
-        total += loss.item()
+        total += F.cross_entropy(logits.flatten(0, 1).float(), targets.to(device).flatten(), reduction="sum").item()
         count += int((targets != -100).sum())
     return total / count
 

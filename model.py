@@ -10,6 +10,7 @@ Shapes: B sequences, T tokens each, d = n_embd, m neurons in an MLP of which k a
 import json
 import os
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,38 +48,52 @@ class GPTConfig:
 class KVCache:
     """Keys and values of the tokens read so far, so that a new token costs one token's work.
 
-    `keys` and `values` are [n_layer, B, n_head, capacity, d / n_head]; the first `length` positions are filled.
+    `kv` is [2, n_layer, B, n_head, capacity, d / n_head], keys before values. Its first `length` positions are filled; the
+    first `start` [B] of those are the row's left padding.
     """
 
-    def __init__(self, config, batch, capacity, device=None, dtype=None):
-        shape = (config.n_layer, batch, config.n_head, capacity, config.n_embd // config.n_head)
-        self.keys, self.values = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
-        self.length = 0
+    def __init__(self, config, start, capacity, dtype):
+        shape = (2, config.n_layer, len(start), config.n_head, capacity, config.n_embd // config.n_head)
+        self.kv = torch.empty(shape, device=start.device, dtype=dtype)
+        self.windows, self.start, self.length = config.windows, start, 0
 
     def append(self, layer, k, v):
-        """Store the new tokens' `k` and `v` [B, n_head, T, d / n_head] of one layer; returns all keys and values so far."""
-        end = self.length + k.size(2)
-        self.keys[layer][:, :, self.length : end] = k
-        self.values[layer][:, :, self.length : end] = v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        """Store the new tokens' `k` and `v` [B, n_head, T, d / n_head]; returns all that any of them may look at."""
+        window, end = self.windows[layer], self.length + k.size(2)
+        first = 0 if window is None else max(0, self.length - window + 1)
+        self.kv[0, layer, :, :, self.length : end] = k
+        self.kv[1, layer, :, :, self.length : end] = v
+        return self.kv[0, layer, :, :, first:end], self.kv[1, layer, :, :, first:end]
+
+    def select(self, rows, shared=0):
+        """Let row i be what row `rows[i]` was. `shared`: the first positions, the same in both rows, need no copying."""
+        if shared:
+            self.kv[..., shared : self.length, :] = self.kv[:, :, rows, :, shared : self.length]
+            return
+        self.start = self.start[rows]
+        padding = int(self.start.min())  # what is padding in all rows left would only use up the context
+        self.kv = self.kv[:, :, rows, :, padding:]
+        self.start, self.length = self.start - padding, self.length - padding
 
 
 def attention_mask(queries, keys, window, start, device):
-    """Which of `keys` tokens each of the last `queries` tokens may look at: bool [B or 1, 1, queries, keys].
+    """Which of `keys` tokens each of the last `queries` tokens may look at: bool [B or 1, 1, queries, keys - first].
 
-    Query i sees key j if 0 <= i - j < `window` (None = no limit) and j >= `start` [B], the row's left padding.
-    None when plain causal attention says the same (nothing cached, padded or out of the window) or hides nothing.
+    Query i sees key j if 0 <= i - j < `window` (None = no limit) and j >= `start` [B], the row's left padding. Keys before
+    `first`, which no query sees, are left out (`KVCache.append` leaves out the same). None when plain causal attention
+    says the same or hides nothing.
     """
-    if start is None and (window is None or keys <= window) and queries in (1, keys):
+    if start is None and (queries == 1 or queries == keys and (window is None or keys <= window)):
         return None
+    first = 0 if window is None else max(0, keys - queries - window + 1)
     i = torch.arange(keys - queries, keys, device=device)[:, None]
-    j = torch.arange(keys, device=device)
-    seen = (j <= i)[None]  # [1, queries, keys]
+    j = torch.arange(first, keys, device=device)
+    seen = (j <= i)[None]  # [1, queries, keys - first]
     if window is not None:
         seen = seen & (i - j < window)
     if start is not None:
         # A padding token sees itself, so that no row of the softmax is empty; nobody reads what it computes.
-        seen = seen & (j >= start[:, None, None]) | (j == i)  # [B, queries, keys]
+        seen = seen & (j >= start[:, None, None]) | (j == i)  # [B, queries, keys - first]
     return seen[:, None]
 
 
@@ -186,21 +201,108 @@ class GPT(nn.Module):
         return logits, loss
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
-        """Continue `idx` [B, T] by up to `max_new_tokens`, sampled one by one; temperature 0 takes the likeliest token."""
-        length = min(idx.size(1) + max_new_tokens, self.config.n_positions)
-        cache = KVCache(self.config, idx.size(0), length, idx.device, self.wte.weight.dtype)
-        new = idx
-        while idx.size(1) < length:
-            logits = F.linear(self.features(new, cache)[:, -1], self.wte.weight).float()  # [B, V]
-            if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)  # [B, 1]
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, beams=1, length_penalty=1.0,
+                 no_repeat_ngram=0, eot=None, generator=None):
+        """Continue `prompts`, lists of token ids of any lengths, by up to `max_new_tokens` each; returns the new tokens.
+
+        Tokens are drawn one by one from softmax(logits / temperature), among the `top_k` likeliest, and of those the
+        fewest whose probabilities reach `top_p` together; temperature 0 takes the likeliest. With `beams` > 1 nothing is
+        drawn: beam search looks for the continuation of n tokens with the highest log-probability / n^length_penalty.
+        No `no_repeat_ngram` tokens in a row (0: no limit) come twice in a prompt with its continuation. A continuation
+        ends before the token `eot` (None: never) and where the context is full. Prompts do not influence each other, but
+        share the random numbers. Raises ValueError for a prompt that is empty or longer than the context.
+        """
+        n_positions = self.config.n_positions
+        for prompt in prompts:
+            if not 0 < len(prompt) <= n_positions:
+                raise ValueError(f"a prompt has {len(prompt)} tokens; this model continues 1 to {n_positions}")
+        if beams < 1 or temperature < 0 or not (top_k is None or top_k >= 1) or not (top_p is None or 0 < top_p <= 1):
+            raise ValueError("generation wants beams >= 1, temperature >= 0, top_k >= 1 and 0 < top_p <= 1")
+        outputs = [[] for _ in prompts]
+        room = [min(max_new_tokens, n_positions - len(prompt)) for prompt in prompts]
+        begun = [i for i in range(len(prompts)) if room[i] > 0]
+        if begun:
+            longest, room = max(len(prompts[i]) for i in begun), [room[i] for i in begun]
+            idx = torch.tensor([[-1] * (longest - len(prompts[i])) + list(prompts[i]) for i in begun],
+                               device=self.wte.weight.device)  # [B, T], left-padded with -1, which no token is
+            cache = KVCache(self.config, (idx < 0).sum(1), longest + max(room), self.wte.weight.dtype)
+            if beams > 1:
+                new = self.beam_search(idx, cache, room, beams, length_penalty, no_repeat_ngram, eot)
             else:
-                if top_k:
-                    logits[logits < logits.topk(top_k).values[:, -1:]] = -torch.inf
-                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)  # [B, 1]
+                new = self.sample(idx, cache, room, (temperature, top_k, top_p, generator), no_repeat_ngram, eot)
+            for i, tokens in zip(begun, new):
+                outputs[i] = tokens
+        return outputs
+
+    def next_logits(self, idx, cache):
+        """Logits [B, V] of the token after `idx` [B, T], which continue what `cache` holds and are then held there too."""
+        start = cache.start if cache.start.any() else None
+        x = self.features(idx.clamp(min=0), cache, start)[:, -1]  # [B, T] -> [B, d]: only the last token is continued
+        return F.linear(x, self.wte.weight).float()  # [B, V]
+
+    def sample(self, idx, cache, room, how, no_repeat_ngram, eot):
+        """Continue row i of `idx` [B, T] by up to `room[i]` tokens, each picked `how` `pick` says; a list for each row."""
+        outputs, live = [[] for _ in room], list(range(len(room)))  # row r of the batch belongs to outputs[live[r]]
+        new = idx
+        while True:
+            logits = ban_repeats(self.next_logits(new, cache), idx, no_repeat_ngram)  # [B, V]
+            new = pick(logits, *how)[:, None]  # [B, 1]
             idx = torch.cat([idx, new], dim=1)
-        return idx
+            going = []
+            for row, token in enumerate(new[:, 0].tolist()):
+                if token != eot:
+                    outputs[live[row]].append(token)
+                    if len(outputs[live[row]]) < room[live[row]]:
+                        going.append(row)
+            if not going:
+                return outputs
+            if len(going) < len(live):  # finished rows leave the batch: they cost time, and the longest, the context
+                live = [live[row] for row in going]
+                idx, new = idx[going], new[going]
+                cache.select(going)
+
+    def beam_search(self, idx, cache, room, beams, length_penalty, no_repeat_ngram, eot):
+        """The best continuation of each row of `idx` [B, T], row i's of up to `room[i]` tokens; a list for each row.
+
+        Keeps the `beams` likeliest unfinished continuations of each prompt and the `beams` best finished ones, and stops
+        when the likeliest of the former, were it to end now, would not be among the latter.
+        """
+        live, finished = list(range(len(room))), [[] for _ in room]
+        logits = self.next_logits(idx, cache)
+        copies = torch.arange(len(room), device=idx.device).repeat_interleave(beams)
+        idx, logits = idx[copies], logits[copies]  # from here on, B = prompts * beams: a prompt's beams are neighbours
+        cache.select(copies)
+        # A prompt's beams start out the same: only the first may be continued, or all would stay the same.
+        scores = torch.tensor([0.0] + [-torch.inf] * (beams - 1), device=idx.device).repeat(len(room))  # [B]
+        for n in range(1, max(room) + 1):  # the n-th new token
+            log_probs = ban_repeats(logits.log_softmax(-1), idx, no_repeat_ngram)  # [B, V]
+            totals = (scores[:, None] + log_probs).view(len(live), -1)  # [B, V] -> [prompts, beams * V]
+            # Each beam has one way to end, so 2 * beams candidates hold enough that go on.
+            best, at = (x.tolist() for x in totals.topk(2 * beams))  # [prompts, 2 * beams], best first
+            going, chosen = [], []
+            for p, i in enumerate(live):
+                running = []
+                for rank, (score, where) in enumerate(zip(best[p], at[p])):
+                    row, token = p * beams + where // log_probs.size(1), where % log_probs.size(1)
+                    if token != eot and n < room[i]:
+                        running.append((score, row, token))
+                    elif rank < beams and score > -torch.inf:
+                        tokens = idx[row, idx.size(1) - n + 1 :].tolist() + [token] * (token != eot)
+                        finished[i].append((score / n**length_penalty, tokens))
+                finished[i] = sorted(finished[i], key=lambda it: -it[0])[:beams]
+                enough = len(finished[i]) == beams and running and running[0][0] / n**length_penalty <= finished[i][-1][0]
+                if running and running[0][0] > -torch.inf and not enough:
+                    going.append(i)
+                    chosen += running[:beams]
+            if not going:
+                break
+            scores, order, new = (torch.tensor(x, device=idx.device) for x in zip(*chosen))  # [B] each
+            idx = torch.cat([idx[order], new[:, None]], dim=1)
+            # What a beam has read differs from its neighbours' only after the prompt; when a prompt is done, rows leave.
+            cache.select(order, shared=cache.length - n + 1 if len(going) == len(live) else 0)
+            live = going
+            logits = self.next_logits(new[:, None], cache)
+        return [of_prompt[0][1] for of_prompt in finished]
 
     @classmethod
     def from_pretrained(cls, name_or_dir):
@@ -213,7 +315,8 @@ class GPT(nn.Module):
         """
         folder = Path(name_or_dir) if os.path.isdir(name_or_dir) else download(str(name_or_dir))
         config = read_config(folder)
-        with torch.device("meta"):  # shapes without memory: every parameter is then replaced by the one read
+        with torch.device("meta"), warnings.catch_warnings():  # shapes without memory, replaced by the tensors read
+            warnings.simplefilter("ignore")  # torch remarks that a layer without neurons has nothing to initialise
             model = cls(config)
         tensors = Tensors(folder)
         missing = []
@@ -268,6 +371,34 @@ class GPT(nn.Module):
         (folder / "config.json.tmp").write_text(json.dumps(settings, indent=2) + "\n")
         for file in ("model.safetensors", "config.json"):
             os.replace(folder / (file + ".tmp"), folder / file)
+
+
+def pick(logits, temperature, top_k, top_p, generator):
+    """The next token of each row [B], drawn from `logits` [B, V] as `GPT.generate` says."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # [B, 1]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    probs = logits.softmax(-1)  # [B, V]
+    if top_p is None:
+        return probs.multinomial(1, generator=generator)[:, 0]
+    probs, order = probs.sort(descending=True)
+    probs[probs.cumsum(-1) - probs >= top_p] = 0  # those before it are enough already; before the first there is nothing
+    return order.gather(1, probs.multinomial(1, generator=generator))[:, 0]
+
+
+def ban_repeats(scores, idx, n):
+    """`scores` [B, V], minus infinity for tokens that would end an n-gram that occurs in `idx` [B, T] (-1 = padding)."""
+    if n == 0 or idx.size(1) < n:
+        return scores
+    ngrams = idx.unfold(1, n, 1)  # [B, T - n + 1, n]
+    begun = (ngrams[:, :, :-1] == idx[:, None, idx.size(1) - n + 1 :]).all(-1) & (ngrams[:, :, -1] >= 0)
+    row, position = begun.nonzero(as_tuple=True)
+    banned = torch.zeros_like(scores, dtype=torch.bool)
+    banned[row, ngrams[row, position, -1]] = True
+    return scores.masked_fill(banned & ~banned.all(-1, keepdim=True), -torch.inf)  # something has to come
 
 
 # From here on: Hugging Face's file format.

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import sys
@@ -42,55 +43,57 @@ PRUNING = ("leftover", "scope", "mask_lr", "lambda_mvp", "lambda_gum", "lambda_s
 DISTILLING = ("teacher", "alpha_ce", "alpha_kd", "temperature")
 NOT_SETTINGS = ("out", "resume", "checkpoint_every")
 
-# flag: its type (or choices), what it is, and which values are allowed
+# Each flag: its type or choices, and what it is; `parse` adds the defaults from above.
 FLAGS = {
-    "what to run": {
-        "method": (METHODS, "how neurons are chosen: " + "; ".join(f"{name}, {text}" for name, text in METHODS.items())),
-        "dataset": (data.DATASETS, "what to train on"),
-        "model": (str, "a Hub name (gpt2, EleutherAI/gpt-neo-125m), a folder in Hugging Face's format, a finished run's "
-                       "folder, or tiny, a small byte-level GPT-2 that is first trained dense"),
-        "leftover": (float, "v, the fraction of MLP neurons left at the end"),
-        "scope": (("layer", "global"), "keep the best of each layer or of the network (default: global for gum, else layer)"),
-        "seed": (int, "of the initialisation, the data's order and random scores"),
-        "out": (str, "the run's folder (default: out/NAME, named from the settings)"),
-    },
-    "data": {
-        "data-path": (str, "a local folder with the data in the Hub's layout, instead of the Hub"),
-        "data-config": (str, "the data's configuration (default for wikitext: wikitext-103-v1)"),
-        "block-size": (int, "tokens per sequence, at most the model's context (default: "
-                            + ", ".join(f"{name} {size}" for name, size in BLOCK_SIZE.items()) + ")"),
-    },
-    "training": {
-        "steps": (int, "optimizer steps (default: what --epochs make)"),
-        "epochs": (float, "passes over the training split (samsum: 3)"),
-        "batch-size": (int, "sequences per optimizer step"),
-        "accumulate": (int, "micro-batches that a step is computed in, to save memory"),
-        "lr": (float, "the weights' peak learning rate"),
-        "eps": (float, "AdamW's epsilon for the weights; the scores keep the paper's 1e-4"),
-        "weight-decay": (float, "of the weights; not of biases, norms and scores"),
-        "label-smoothing": (float, "always 0 when distilling"),
-    },
-    "pruning": {
-        "mask-lr": (float, "the scores' peak learning rate (soft: 10; gum for gpt2 on samsum: 1e-3)"),
-        "lambda-mvp": (float, "weight of the scores' regulariser"),
-        "lambda-gum": (float, "weight of uniqueness in it (default: 0; gum: 10, and 100 when distilling)"),
-        "lambda-sim": (float, "how fast the running similarity forgets"),
-        "tau": (float, "soft movement's final threshold"),
-    },
-    "distillation": {
-        "teacher": (str, "a dense model's folder or Hub name (default: the dense run of the same data, model and seed)"),
-        "alpha-ce": (float, "weight of the data's loss"),
-        "alpha-kd": (float, "weight of the teacher's"),
-        "temperature": (float, "of both distributions"),
-    },
-    "machine": {
-        "device": (str, "cuda or cpu"),
-        "dtype": (("float32", "bfloat16"), "of the matrix products (default: bfloat16 on a GPU that has it)"),
-        "checkpoint-every": (int, "steps between checkpoints"),
-        "log-every": (int, "steps between lines of log.jsonl"),
-        "eval-every": (int, "steps between evaluations on part of the validation split (default: a fifth of all)"),
-    },
+    "what to run": dict(
+        method=(METHODS, "how neurons are chosen: " + "; ".join(f"{name}, {text}" for name, text in METHODS.items())),
+        dataset=(data.DATASETS, "what to train on"),
+        model=(str, "a Hub name (gpt2, EleutherAI/gpt-neo-125m), a folder in Hugging Face's format, a finished run's folder, "
+                    "or tiny, a small byte-level GPT-2 that is first trained dense"),
+        leftover=(float, "v, the fraction of MLP neurons left at the end"),
+        scope=(("layer", "global"), "keep the best of each layer or of the network (default: global for gum, else layer)"),
+        seed=(int, "of the initialisation, the data's order and random scores"),
+        out=(str, "the run's folder (default: out/NAME, named from the settings)"),
+        resume=(None, "go on with the interrupted run of this very command")),
+    "data": dict(
+        data_path=(str, "a local folder with the data in the Hub's layout, instead of the Hub"),
+        data_config=(str, "the data's configuration (default for wikitext: wikitext-103-v1)"),
+        block_size=(int, f"tokens per sequence, at most the model's context (default: {str(BLOCK_SIZE)[1:-1]})")),
+    "training": dict(
+        steps=(int, "optimizer steps (default: what --epochs make)"),
+        epochs=(float, "passes over the training split (samsum: 3)"),
+        batch_size=(int, "sequences per optimizer step"),
+        accumulate=(int, "micro-batches that a step is computed in, to save memory"),
+        lr=(float, "the weights' peak learning rate"),
+        eps=(float, "AdamW's epsilon for the weights; the scores keep the paper's 1e-4"),
+        weight_decay=(float, "of the weights; not of biases, norms and scores"),
+        label_smoothing=(float, "always 0 when distilling")),
+    "pruning": dict(
+        mask_lr=(float, "the scores' peak learning rate (soft: 10; gum for gpt2 on samsum: 1e-3)"),
+        lambda_mvp=(float, "weight of the scores' regulariser"),
+        lambda_gum=(float, "weight of uniqueness in it (default: 0; gum: 10, and 100 when distilling)"),
+        lambda_sim=(float, "how fast the running similarity forgets"),
+        tau=(float, "soft movement's final threshold")),
+    "distillation": dict(
+        distill=(None, "learn from a dense model, too"),
+        teacher=(str, "a dense model's folder or Hub name (default: the dense run of the same data, model and seed)"),
+        alpha_ce=(float, "weight of the data's loss"),
+        alpha_kd=(float, "weight of the teacher's"),
+        temperature=(float, "of both distributions")),
+    "machine": dict(
+        device=(str, "cuda or cpu"),
+        dtype=(("float32", "bfloat16"), "of the matrix products (default: bfloat16 on a GPU that has it)"),
+        checkpoint_every=(int, "steps between checkpoints"),
+        log_every=(int, "steps between lines of log.jsonl"),
+        eval_every=(int, "steps between evaluations on part of the validation split (default: a fifth of all)")),
 }
+# What a number must be: its flags, whether a value is right, and how to say so.
+RANGES = [
+    ("steps epochs batch_size accumulate block_size lr eps mask_lr temperature tau checkpoint_every log_every eval_every",
+     lambda x: 0 < x < math.inf, "above 0"),
+    ("weight_decay lambda_mvp lambda_gum alpha_ce alpha_kd", lambda x: 0 <= x < math.inf, "at least 0"),
+    ("leftover lambda_sim", lambda x: 0 < x <= 1, "in (0, 1]"),
+    ("label_smoothing", lambda x: 0 <= x < 1, "in [0, 1)")]
 
 
 class Parser(argparse.ArgumentParser):
@@ -104,49 +107,39 @@ def fail(message):
     sys.exit(2)
 
 
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
 def parse(argv=None):
     """The flags as given, None where they are not. Ends the program if one makes no sense by itself or with the others."""
     parser = Parser(description="Fine-prune the MLP neurons of GPT-2 and GPT-Neo.", allow_abbrev=False)
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
-        for flag, (kind, text) in flags.items():
-            name = flag.replace("-", "_")
+        for name, (kind, text) in flags.items():
             defaults = [f"{where}{values[name]}" for where, values in (("", DEFAULTS), ("tiny: ", FOR_TINY)) if name in values]
             text += f" (default: {'; '.join(defaults)})" if defaults else ""
-            group.add_argument("--" + flag, help=text, **({"type": kind} if callable(kind) else {"choices": list(kind)}))
-        if title in ("what to run", "distillation"):
-            flag, text = {"what to run": ("--resume", "go on with the interrupted run of this very command"),
-                          "distillation": ("--distill", "learn from a dense model, too")}[title]
-            group.add_argument(flag, action="store_true", help=text)
+            how = dict(action="store_true") if kind is None else dict(type=kind) if callable(kind) else dict(choices=list(kind))
+            group.add_argument(flag_of(name), help=text, **how)
     args = parser.parse_args(argv)
-
-    def check(names, allowed, text):
-        for name in names:
-            value = getattr(args, name)
-            if value is not None and not allowed(value):
-                fail(f"--{name.replace('_', '-')} {value} is out of range: it must be {text}")
-
-    check(("steps", "epochs", "batch_size", "accumulate", "block_size", "lr", "eps", "mask_lr", "temperature", "tau",
-           "checkpoint_every", "log_every", "eval_every"), lambda x: 0 < x < float("inf"), "above 0")
-    check(("weight_decay", "lambda_mvp", "lambda_gum", "alpha_ce", "alpha_kd"), lambda x: 0 <= x < float("inf"), "at least 0")
-    check(("leftover", "lambda_sim"), lambda x: 0 < x <= 1, "in (0, 1]")
-    check(("label_smoothing",), lambda x: 0 <= x < 1, "in [0, 1)")
-    given = [name for name, value in vars(args).items() if value]
-    method = args.method or DEFAULTS["method"]
-    if method == "none" and (useless := [name for name in PRUNING if name in given and args.leftover != 1]):
-        fail(f"--{useless[0].replace('_', '-')} means nothing with --method none, which keeps every neuron")
-    if method == "soft" and args.scope:
-        fail("--scope means nothing with --method soft: one threshold serves every layer")
-    if method not in LEARNED and args.lambda_gum:
-        fail(f"--lambda-gum means nothing with --method {method}, whose scores are not learned")
-    if not args.distill and (useless := [name for name in DISTILLING if name in given]):
-        fail(f"--{useless[0].replace('_', '-')} goes with --distill")
-    if args.distill and args.label_smoothing:
-        fail("--label-smoothing is 0 when distilling: leave it out")
-    if args.device and args.device.split(":")[0] not in ("cpu", "cuda"):
-        fail(f"--device {args.device} is not known: it is cuda or cpu")
-    if args.device and args.device.startswith("cuda") and not torch.cuda.is_available():
-        fail("--device cuda: this machine, or this build of torch, has no CUDA; use --device cpu")
+    for names, allowed, text in RANGES:
+        for name in names.split():
+            if getattr(args, name) is not None and not allowed(getattr(args, name)):
+                fail(f"{flag_of(name)} {getattr(args, name)} is out of range: it must be {text}")
+    method, given = args.method or DEFAULTS["method"], [name for name, value in vars(args).items() if value]
+    pruning = [name for name in PRUNING if name in given and (name, args.leftover) != ("leftover", 1.0)]
+    distilling = [name for name in DISTILLING if name in given]
+    for wrong, message in (
+        (method == "none" and pruning, f"{flag_of(*pruning[:1] or [''])} means nothing with --method none, which keeps all"),
+        (method == "soft" and args.scope, "--scope means nothing with --method soft: one threshold serves every layer"),
+        (method not in LEARNED and args.lambda_gum, f"--lambda-gum means nothing with --method {method}: it learns no scores"),
+        (not args.distill and distilling, f"{flag_of(*distilling[:1] or [''])} goes with --distill"),
+        (args.distill and args.label_smoothing, "--label-smoothing is 0 when distilling: leave it out"),
+        (args.device and not re.fullmatch(r"cpu|cuda(:\d+)?", args.device), f"--device {args.device}: it is cuda or cpu"),
+        (args.device and args.device != "cpu" and not torch.cuda.is_available(),
+         f"--device {args.device}: this machine, or this build of torch, has no CUDA; use --device cpu")):
+        if wrong:
+            fail(message)
     return args
 
 
@@ -181,7 +174,7 @@ def resolve(flags):
         parts += [f"{args.leftover:g}"] * (args.method != "none") + ["distill"] * args.distill
         unsaid = ("method", "dataset", "model", "leftover", "distill", "seed", "data_path", "device", "dtype", "log_every",
                   "eval_every")
-        parts += [f"{name.replace('_', '-')}={Path(value).name if name == 'teacher' else value}"
+        parts += [f"{flag_of(name)[2:]}={Path(value).name if name == 'teacher' else value}"
                   for name, value in given.items() if name not in unsaid and value != defaults.get(name)]
         args.out = str(Path("out") / "-".join([*parts, f"seed{args.seed}"]))
     return args
@@ -274,11 +267,12 @@ def lines_up_to(log, step):
     return "".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step)
 
 
-def train(args, steps, model, teacher, train_data, val_data, resumed=None):
+def train(args, steps, model, teacher, train_data, val_data, resumed, stop):
     """The loop: fine-tune `model` for `steps`, pruning as the schedule says. Returns its sums, seconds and tokens among them.
 
-    On return the model skips the neurons that were pruned. Raises FloatingPointError when the loss is no longer a number
-    and KeyboardInterrupt (after saving a checkpoint) when it was told to stop.
+    On return the model skips the neurons that were pruned. `resumed` is a checkpoint to go on from, or None. Once something
+    is put into the list `stop`, the loop ends between two steps: it saves a checkpoint and raises KeyboardInterrupt. Raises
+    FloatingPointError when the loss is no longer a number.
     """
     device, autocast = torch.device(args.device), autocast_of(args)
     checkpoint, log = Path(args.out) / "checkpoint.pt", Path(args.out) / "log.jsonl"
@@ -296,8 +290,6 @@ def train(args, steps, model, teacher, train_data, val_data, resumed=None):
     write_whole(log, lines_up_to(log, done))
     eval_every = args.eval_every or max(steps // 5, 1)
 
-    stop = []  # Ctrl-C and SIGTERM end the loop between two steps, when everything is consistent
-    handlers = {number: signal.signal(number, lambda *_: stop.append(True)) for number in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=steps, initial=done, desc=Path(args.out).name, unit="step", dynamic_ncols=True, mininterval=0.5)
     model.train()
     clock, speed = time.perf_counter(), 0.0
@@ -337,6 +329,7 @@ def train(args, steps, model, teacher, train_data, val_data, resumed=None):
             sums["loss"], sums["norm"] = float(sums["loss"]), float(sums["norm"])
             sums["seconds"] += time.perf_counter() - clock
             if not (sums["loss"] + sums["norm"]) < float("inf"):
+                bar.close()
                 kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
                 raise FloatingPointError(f"the loss is no longer a finite number at step {step}; {kept}; try a lower --lr "
                                          f"than {args.lr:g}")
@@ -346,7 +339,7 @@ def train(args, steps, model, teacher, train_data, val_data, resumed=None):
                               lr=optimizer.param_groups[0]["lr"], v=leftover_at(step, steps, args.leftover),
                               leftover=sum(widths) / sum(pruner.widths), widths=widths)
                 if step % eval_every == 0 and not last:
-                    record["val_loss"] = measure.mean_loss(model, val_data, args.batch_size, autocast, batches=50)
+                    record["val_loss"] = measure.mean_loss(model, val_data, autocast, most=16)
                     model.train()
                 record |= dict(seconds=sums["seconds"], tokens_per_second=sums["tokens"] / sums["seconds"])
                 with open(log, "a") as file:
@@ -365,8 +358,6 @@ def train(args, steps, model, teacher, train_data, val_data, resumed=None):
             bar.close()
             raise KeyboardInterrupt(f"stopped after step {step} of {steps}, which is saved in {checkpoint}")
     bar.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     pruner.select(steps)
     return sums
 
@@ -398,7 +389,7 @@ def run(flags):
     dense, dense_flags = dense_run(args, flags)
     has_dense, tiny = (dense / "metrics.json").exists(), args.model == "tiny"
     if args.distill and not (args.teacher or has_dense or tiny):
-        extra = "".join(f" --{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in vars(dense_flags).items()
+        extra = "".join(f" {flag_of(name)} {shlex.quote(str(value))}" for name, value in vars(dense_flags).items()
                         if name in ("data_path", "data_config", "block_size", "steps", "epochs", "lr") and value is not None)
         raise ValueError(f"--distill found no teacher: name one with --teacher, or make it first with: python train.py "
                          f"--method none --dataset {args.dataset} --model {args.model} --seed {args.seed}{extra}")
@@ -438,7 +429,13 @@ def run(flags):
                              f"{teacher.config.n_positions} tokens; {config.vocab_size} and {block_size} are needed")
         teacher.requires_grad_(False).eval()
 
-    sums = train(args, steps, model, teacher, train_data, val_data, resumed)
+    stop = []  # filled by Ctrl-C and SIGTERM
+    handlers = {number: signal.signal(number, lambda *_: stop.append(True)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        sums = train(args, steps, model, teacher, train_data, val_data, resumed, stop)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     model.eval()
     shrink(model).save_pretrained(out)
     del teacher
@@ -463,7 +460,7 @@ def compare(start, result, val_data, args):
     speeds = measure.prefill_speed([start, result], val_data.batch(range(min(args.batch_size, len(val_data))))[0])
     about = {}
     for name, model, speed in zip(("start", "result"), (start, result), speeds):
-        loss = measure.mean_loss(model, val_data, args.batch_size, autocast_of(args))
+        loss = measure.mean_loss(model, val_data, autocast_of(args))
         text = ids + model.generate([ids], 120, temperature=0.8, top_k=40, eot=tokenizer.eot,
                                     generator=torch.Generator(args.device).manual_seed(0))[0]
         about[name] = dict(val_loss=loss, val_perplexity=math.exp(loss), widths=list(model.config.mlp_widths),

@@ -136,8 +136,9 @@ def python_tree(tmp_path, monkeypatch):
     """A standard library of 300 made-up files, every third a copy of another, and files that are not part of it."""
     root = tmp_path / "python"
     files = {f"package{i % 7}/module{i}.py": f"x = {i if i % 3 else 1}\n" for i in range(300)}
-    files |= {f"{place}/left_out.py": "LEFT OUT\n" for place in ["site-packages/a", "dist-packages", "test", "json/tests",
-              "encodings", "pydoc_data", "config-3.11-x86_64-linux-gnu", "lib2to3/tests", "re/__pycache__"]}
+    others = ["site-packages/a", "dist-packages", "test", "json/tests", "lib2to3/tests", "encodings", "pydoc_data",
+              "config-3.11-x86_64-linux-gnu", "re/__pycache__"]
+    files |= {f"{folder}/left_out.py": "LEFT OUT\n" for folder in others}
     files |= {"_sysconfigdata__linux.py": "LEFT OUT\n", "notes.txt": "LEFT OUT\n"}
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +154,8 @@ def documents(blocks):
 
 
 def test_stdlib_holds_each_source_file_once_in_one_of_two_splits(python_tree):
-    found = collections.Counter(documents(load("stdlib", "train", block_size=16)) + documents(load("stdlib", block_size=16)))
+    splits = [documents(load("stdlib", split, block_size=16)) for split in ("train", "validation")]
+    found = collections.Counter(splits[0] + splits[1])
     wanted = collections.Counter(file.read_bytes() for file in python_tree.glob("package*/*.py"))
     assert found == wanted
 
@@ -259,9 +261,10 @@ def test_splits_and_vocabularies_do_not_share_a_cache(corpus):
             == tiktoken.get_encoding("gpt2").encode("validation one\n")
 
 
-@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:3], lambda b: b[:-2], lambda b: b[:-1], lambda b: b + b"ab",
-                                    lambda b: b[:9] + b"X" + b[10:]],
-                         ids=["empty", "stub", "short", "odd", "long", "changed"])
+@pytest.mark.parametrize("damage", [
+    lambda b: b"", lambda b: b[:3], lambda b: b[:-2], lambda b: b[:-1], lambda b: b + b"ab",
+    lambda b: b[:9] + b"X" + b[10:]
+], ids=["empty", "stub", "short", "odd", "long", "changed"])
 def test_a_damaged_cache_is_noticed_and_made_anew(corpus, damage):
     source = corpus("one")
     load(**source)
@@ -412,7 +415,8 @@ def test_wikisqls_release_gives_the_hubs_prompts_and_sql(tmp_path):
                 out.write(json.dumps(dict(phase=1, question=row["question"], sql=sql, table_id=table["id"])) + "\n")
         (tmp_path / f"{name}.tables.jsonl").write_text("".join(json.dumps(table) + "\n" for table in tables.values()))
     for split in ("train", "validation"):
-        release, hub = load("wikisql", split, path=tmp_path, block_size=1000), load(split=split, block_size=1000, **WIKISQL)
+        release = load("wikisql", split, path=tmp_path, block_size=1000)
+        hub = load(split=split, block_size=1000, **WIKISQL)
         assert release.prompts == hub.prompts and release.targets == hub.targets
 
 
@@ -442,7 +446,7 @@ def test_e2e_trains_on_every_pair_and_knows_all_references_of_a_meaning():
 
 
 def test_samsum_summarises_a_dialogue_also_one_of_no_words(tmp_path):
-    rows = [dict(id="1", dialogue="Ann: Tea?\r\nBob: Yes!", summary="Bob wants tea."), dict(id="2", dialogue=None, summary="-")]
+    rows = [dict(dialogue="Ann: Tea?\r\nBob: Yes!", summary="Bob wants tea."), dict(dialogue=None, summary="-")]
     (tmp_path / "train.json").write_text(json.dumps(rows))
     examples, tok = load("samsum", "train", path=tmp_path), data.tokenizer(257)
     assert [tok.decode(p) for p in examples.prompts] == ["Ann: Tea?\r\nBob: Yes!\nSummary:\n", "\nSummary:\n"]
@@ -471,8 +475,8 @@ def test_an_unknown_dataset_is_told_which_there_are():
     assert "imdb" in message and all(name in message for name in data.DATASETS)
 
 
-def test_an_unknown_split_is_told_the_two():
-    assert "train" in mistake(dataset="toysql", split="dev")
+def test_a_block_of_no_tokens_is_refused():
+    assert "--block-size" in mistake(dataset="toysql", block_size=0)
 
 
 def test_a_path_that_is_no_folder_is_named(tmp_path):
@@ -540,7 +544,8 @@ def test_fewer_tokens_than_one_block_are_counted(corpus):
 
 
 def test_a_split_of_examples_all_too_long_tells_their_lengths(tmp_path):
-    (tmp_path / "validation.jsonl").write_text(json.dumps(dict(meaning_representation="abc", human_reference="de")) + "\n")
+    row = dict(meaning_representation="abc", human_reference="de")
+    (tmp_path / "validation.jsonl").write_text(json.dumps(row) + "\n")
     assert "the shortest has 7" in mistake(dataset="e2e", path=tmp_path, block_size=6)
     assert len(load("e2e", path=tmp_path, block_size=7)) == 1
 

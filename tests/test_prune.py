@@ -1,8 +1,8 @@
 """Fine-pruning against a reference written here from the equations alone.
 
-The reference works in float64 with whole masks that multiply the weights, autograd through the mask to the scores (straight
-through), sorting in Python, Gram matrices of all neurons and a uniqueness summed by loops. `prune.py` skips the pruned
-neurons, writes the scores' gradient out by hand and keeps only what it needs; both must go through the same training.
+The reference works in float64 with whole masks that multiply the weights, autograd through the mask to the scores
+(straight through), sorting in Python, Gram matrices of all neurons and a uniqueness summed by loops. `prune.py` skips
+the pruned neurons and writes the scores' gradient out by hand; both must go through the same training.
 
 Shapes: B sequences, T tokens each, d = n_embd, m neurons in an MLP of which k are kept, N = all neurons of the network.
 """
@@ -23,6 +23,7 @@ from prune import Pruner
 WIDTHS = (16, 12, 20)  # neurons per layer, unequal so that none is taken for another
 N = sum(WIDTHS)
 METHODS = ("magnitude", "random", "topv", "soft", "gum")
+CLIP = 0.5  # the largest gradient norm: some steps exceed it, some do not
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -40,14 +41,14 @@ def make_model(dtype=torch.float64, seed=0, widths=WIDTHS):
     model = GPT(config).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        parameter.data = torch.empty_like(parameter).normal_(0.0, 0.3, generator=generator)
+        parameter.data = torch.empty_like(parameter).normal_(0.0, 0.4, generator=generator)
     for layer, block in enumerate(model.h):  # layers of unequal strength, so that they lose unequal shares
         block.mlp.c_fc.weight.data *= 1 + layer / 2
     return model
 
 
-def make_batches(steps, size=4, seed=1):
-    """(idx, targets, real), each [B, T], for every step; rows end in padding: `real` is False and the target -100 there."""
+def make_batches(steps, size=4, seed=2):
+    """(idx, targets, real), each [B, T], for every step. Rows end in padding: not `real`, with the target -100."""
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for _ in range(steps):
@@ -64,7 +65,7 @@ def task_loss(logits, targets):
 
 
 def make_optimizer(model, scores=None, mask_lr=0.0, lr=0.02, weight_decay=0.1):
-    """AdamW: decay on matrices, none on biases and norms, none on the scores, which have a learning rate of their own."""
+    """AdamW with decay on matrices, none on biases, norms and scores; the scores have a learning rate of their own."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [{"params": matrices, "lr": lr, "weight_decay": weight_decay}, {"params": vectors, "lr": lr}]
@@ -94,7 +95,7 @@ def fine_prune(model, pruner, optimizer, batches, steps=None):
         pruner.observe(real)
         task_loss(logits, targets).backward()
         pruner.score_gradient(step)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * prune.lr_factor(step, len(batches))
         optimizer.step()
@@ -204,7 +205,7 @@ def reference_run(model, scores, method, scope, batches, leftover, mask_lr, weig
         loss.backward()
         norm = math.sqrt(sum(parameter.grad.square().sum().item() for parameter in model.parameters()))
         for parameter in model.parameters():
-            parameter.grad *= min(1.0, 1.0 / (norm + 1e-6))
+            parameter.grad *= min(1.0, CLIP / (norm + 1e-6))
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * (t / (T // 10) if t <= T // 10 else (T - t) / (T - T // 10))
         optimizer.step()
@@ -236,13 +237,13 @@ def comebacks(history):
 
 # The whole training.
 
-MASK_LR = {"magnitude": 0.0, "random": 0.0, "topv": 0.03, "soft": 2.0, "gum": 0.03}
+MASK_LR = {"magnitude": 0.0, "random": 0.0, "topv": 0.05, "soft": 1.0, "gum": 0.05}
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("method", METHODS)
 def test_training_is_the_reference(method, scope):
-    history = assert_same_training(make_model(), method, make_batches(30), 0.25, MASK_LR[method], scope)
+    history = assert_same_training(make_model(), method, make_batches(40), 0.25, MASK_LR[method], scope)
     if method != "soft":  # which may leave more
         assert sum(map(len, history[-1])) == N // 4
     assert sum(map(len, history[-1])) < N
@@ -270,19 +271,18 @@ def test_gum_without_uniqueness_is_global_hard_movement():
     assert all(map(torch.equal, *runs))
 
 
-def test_pruned_neurons_come_back_to_magnitude_when_the_kept_decay():
-    # Strong decay on matrices and none on biases: the kept neurons' gradients decide who falls behind.
-    batches = make_batches(60)
-    history = assert_same_training(make_model(), "magnitude", batches, 0.5, 0.0, "global", weight_decay=5.0)
+def test_magnitude_lets_a_neuron_back_in_when_a_kept_one_shrinks_below_it():
+    history = assert_same_training(make_model(), "magnitude", make_batches(60), 0.5, 0.0, "global", weight_decay=5.0)
     assert comebacks(history) > 0
 
 
 def test_training_through_emptied_layers_is_the_reference():
-    history = assert_same_training(make_model(), "gum", make_batches(40), 0.05, 0.03, "global", lambda_mvp=5.0,
-                                   lambda_sim=0.05)
-    empty = [[not kept[layer] for kept in history] for layer in range(3)]
-    assert sum(layer[-1] for layer in empty) == 2 and all(map(all, zip(*(layer[-10:] for layer in empty if layer[-1]))))
-    assert any(before and not after for layer in empty for before, after in zip(layer, layer[1:]))  # one comes back
+    history = assert_same_training(make_model(), "gum", make_batches(40), 0.05, 0.03, "global", lambda_mvp=0.1,
+                                   lambda_gum=100.0, lambda_sim=0.05)
+    empty = [[not kept for kept in sets] for sets in history]  # at each step, for each layer
+    assert any(sum(layers) == 2 for layers in empty)
+    assert all(layers[1] for layers in empty[-10:])  # for good
+    assert any(before[0] and not after[0] for before, after in zip(empty, empty[1:]))  # and another that comes back
 
 
 def test_training_goes_on_when_the_whole_network_is_emptied():
@@ -291,22 +291,20 @@ def test_training_goes_on_when_the_whole_network_is_emptied():
 
 
 def test_the_weights_of_an_emptied_layer_still_decay_and_move_on():
-    model = make_model()
+    model, batches = make_model(), make_batches(10)
     pruner = Pruner(model, "topv", 0.5, 10, scope="global", lambda_mvp=0.0)
-    optimizer = make_optimizer(model, pruner.scores, 0.0)
-    batches = make_batches(10)
+    optimizer = make_optimizer(model, pruner.scores)
     fine_prune(model, pruner, optimizer, batches, [1])  # everything is kept, and gathers momentum
     pruner.scores.data[: WIDTHS[0]] = -1.0
-    w1, b1 = (parameter.detach().clone() for parameter in (model.h[0].mlp.c_fc.weight, model.h[0].mlp.c_fc.bias))
-    m_w1, m_b1 = (optimizer.state[p]["exp_avg"].clone() for p in (model.h[0].mlp.c_fc.weight, model.h[0].mlp.c_fc.bias))
-    v_w1, v_b1 = (optimizer.state[p]["exp_avg_sq"].clone() for p in (model.h[0].mlp.c_fc.weight, model.h[0].mlp.c_fc.bias))
-    history = fine_prune(model, pruner, optimizer, batches, [9])
-    assert history[-1][0] == []
+    fc = model.h[0].mlp.c_fc
+    state = optimizer.state
+    before = copy.deepcopy([(p, state[p]["exp_avg"], state[p]["exp_avg_sq"]) for p in (fc.weight, fc.bias)])
+    assert fine_prune(model, pruner, optimizer, batches, [9])[0][0] == []
     lr = 0.02 * (10 - 9) / (10 - 1)
-    for after, before, m, v, decay in ((model.h[0].mlp.c_fc.weight, w1, m_w1, v_w1, 0.1),
-                                       (model.h[0].mlp.c_fc.bias, b1, m_b1, v_b1, 0.0)):
-        momentum = (0.9 * m / (1 - 0.9**2)) / ((0.999 * v / (1 - 0.999**2)).sqrt() + 1e-4)  # its gradient is 0
-        torch.testing.assert_close(after.detach(), before * (1 - lr * decay) - lr * momentum, rtol=0, atol=1e-12)
+    for after, (weight, m, v), decay in zip((fc.weight, fc.bias), before, (0.1, 0.0)):
+        m, v = 0.9 * m / (1 - 0.9**2), 0.999 * v / (1 - 0.999**2)  # Adam's moments after a second gradient, of 0
+        expected = weight * (1 - lr * decay) - lr * m / (v.sqrt() + 1e-4)
+        torch.testing.assert_close(after, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -317,7 +315,7 @@ def test_leftover_one_trains_the_weights_of_plain_training(method):
     for t, (idx, targets, _) in enumerate(batches, 1):
         optimizer.zero_grad()
         task_loss(plain(idx)[0], targets).backward()
-        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(plain.parameters(), CLIP)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * (t / 2 if t <= 2 else (20 - t) / 18)
         optimizer.step()
@@ -344,7 +342,7 @@ def test_two_half_batches_make_the_step_of_the_whole_batch():
             pruner.observe(real)
             (task_loss(logits, targets) / 2).backward()
         pruner.score_gradient(step)
-        nn.utils.clip_grad_norm_(halves.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(halves.parameters(), CLIP)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * prune.lr_factor(step, 20)
         optimizer.step()
@@ -444,7 +442,8 @@ def test_global_scope_keeps_exactly_its_share_of_the_network_at_every_step(lefto
         assert sum(pruner.select(t)) == round((leftover + (1 - leftover) * curve(t, 40)) * N)
 
 
-@pytest.mark.parametrize("method, scope", [("magnitude", "layer"), ("random", "layer"), ("topv", "layer"), ("gum", "global")])
+@pytest.mark.parametrize("method, scope",
+                         [("magnitude", "layer"), ("random", "layer"), ("topv", "layer"), ("gum", "global")])
 def test_the_papers_scope_is_the_default(method, scope):
     sets = []
     for chosen in (None, scope):
@@ -565,13 +564,15 @@ def test_a_pruned_neuron_feels_the_regulariser_and_nothing_else():
     task_loss(logits, targets).backward()
     pruner.score_gradient(20)
     sigmoid = 1 / (1 + torch.exp(-pruner.scores.detach()))
-    expected = 3.0 / N * sigmoid * (1 - sigmoid)  # lambda_t = lambda_mvp v / v, U = 0
-    for block, kept, grad, alone in zip(model.h, kept_neurons(model), pruner.scores.grad.split(WIDTHS), expected.split(WIDTHS)):
+    alone = 3.0 / N * sigmoid * (1 - sigmoid)  # lambda_t = lambda_mvp v / v, U = 0
+    grads = pruner.scores.grad.split(WIDTHS)
+    for block, kept, grad, regulariser in zip(model.h, kept_neurons(model), grads, alone.split(WIDTHS)):
         pruned = [j for j in range(len(grad)) if j not in kept]
         fc, proj = block.mlp.c_fc, block.mlp.c_proj
-        assert not fc.weight.grad[pruned].any() and not fc.bias.grad[pruned].any() and not proj.weight.grad[:, pruned].any()
-        torch.testing.assert_close(grad[pruned], alone[pruned], rtol=0, atol=1e-15)
-        assert ((grad - alone)[kept].abs() > 1e-6).all()
+        assert not fc.weight.grad[pruned].any() and not fc.bias.grad[pruned].any()
+        assert not proj.weight.grad[:, pruned].any()
+        torch.testing.assert_close(grad[pruned], regulariser[pruned], rtol=0, atol=1e-15)
+        assert ((grad - regulariser)[kept].abs() > 1e-6).all()
 
 
 @pytest.mark.parametrize("method", ["topv", "soft", "gum"])
@@ -740,8 +741,8 @@ def test_tokens_without_a_target_are_not_distilled():
     student, teacher, targets = make_logits()
     student.requires_grad_()
     loss = prune.distillation_loss(student, teacher, targets, 2.0)
-    other = prune.distillation_loss(student, teacher + 9 * (targets == -100)[..., None] * student.detach(), targets, 2.0)
-    assert torch.equal(loss, other)
+    elsewhere = torch.where((targets == -100)[..., None], 5 - teacher, teacher)  # [B, T, V]
+    assert torch.equal(loss, prune.distillation_loss(student, elsewhere, targets, 2.0))
     loss.backward()
     assert ((student.grad != 0).any(-1) == (targets != -100)).all()
 

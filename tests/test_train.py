@@ -1,0 +1,466 @@
+"""A run from its command line to its folder: what it leaves, that nothing is lost, and what it says to mistakes."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import train
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+METHODS = ("none", "magnitude", "random", "topv", "soft", "gum")
+
+
+@cache
+def load_once(*args, real=data.load):
+    """A data set as `data.load` gives it, its validation split cut short."""
+    loaded = real(*args)
+    if args[1] == "validation" and isinstance(loaded, data.Blocks):
+        loaded.tokens = loaded.tokens[:4000]
+    return loaded
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """Every test runs where nothing else is, next to a small byte-level GPT-2 (`small`), and reads each data set once."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "load", load_once)
+    torch.manual_seed(1)
+    GPT(GPTConfig(vocab_size=257, n_positions=128, n_embd=16, n_layer=2, n_head=2)).save_pretrained("small")
+
+
+def run(*flags, model="small", steps=12):
+    """A run on the small model; returns its metrics."""
+    common = ["--model", model, "--steps", steps, "--batch-size", 2, "--block-size", 32, "--lr", 1e-2, "--log-every", 2,
+              "--checkpoint-every", 4, "--device", "cpu"]
+    return train.run(train.parse([str(word) for word in [*common, *flags]]))
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def assert_same_weights(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def without_times(record):
+    drop = ("seconds", "tokens_per_second", "prefill_tokens_per_second", "settings")
+    return {key: without_times(value) if isinstance(value, dict) else value for key, value in record.items() if key not in drop}
+
+
+def log_of(folder):
+    return [without_times(json.loads(line)) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(a, b):
+    assert_same_weights(a, b)
+    assert log_of(a) == log_of(b)
+    metrics = [without_times(json.loads((Path(folder) / "metrics.json").read_text())) for folder in (a, b)]
+    assert metrics[0] == metrics[1]
+
+
+# What a run leaves.
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_finished_run_has_exactly_its_four_files(method):
+    run("--method", method, "--out", "run")
+    assert sorted(os.listdir("run")) == ["config.json", "log.jsonl", "metrics.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("method,leftover,kept", [("topv", 0.25, [16, 16]), ("magnitude", 0.1, [6, 6]), ("random", 0.5, [32, 32])])
+def test_the_saved_model_has_the_wanted_number_of_neurons(method, leftover, kept):
+    metrics = run("--method", method, "--leftover", leftover, "--out", "run")
+    model = GPT.from_pretrained("run")
+    assert list(model.config.mlp_widths) == kept == metrics["result"]["widths"]
+    assert [model.h[i].mlp.c_fc.weight.size(0) for i in (0, 1)] == kept
+    assert metrics["leftover"] == sum(kept) / 128 and metrics["leftover_wanted"] == leftover
+
+
+def test_global_top_v_keeps_an_exact_share_of_the_whole_network():
+    assert sum(run("--method", "gum", "--leftover", 0.3, "--out", "run")["result"]["widths"]) == round(0.3 * 128)
+
+
+def test_the_saved_model_is_the_one_that_was_evaluated():
+    metrics = run("--out", "run")
+    model, blocks = GPT.from_pretrained("run"), load_once("stdlib", "validation", 257, 32, None, None)
+    idx, targets, _ = blocks.batch(range(len(blocks)))
+    with torch.no_grad():
+        assert model(idx, targets)[1].item() == pytest.approx(metrics["result"]["val_loss"], rel=1e-5)
+    assert metrics["result"]["val_perplexity"] == pytest.approx(math.exp(metrics["result"]["val_loss"]))
+    assert metrics["result"]["parameters"] == sum(tensor.numel() for tensor in weights("run").values())
+
+
+def test_the_log_has_a_line_every_interval_and_follows_the_schedule():
+    run("--method", "topv", "--leftover", 0.25, "--out", "run", steps=20)
+    log = log_of("run")
+    assert [record["step"] for record in log] == list(range(2, 21, 2))
+    assert log[0]["v"] == log[0]["leftover"] == 1.0  # two of twenty steps are warm-up
+    assert log[-1]["v"] == log[-1]["leftover"] == 0.25
+    assert all(a["v"] >= b["v"] for a, b in zip(log, log[1:]))
+    assert log[0]["lr"] == 1e-2 and log[-1]["lr"] == 0.0
+    assert [record["step"] for record in log if "val_loss" in record] == [4, 8, 12, 16]
+
+
+def test_training_lowers_the_loss():
+    metrics = run("--method", "gum", "--leftover", 0.5, "--out", "run", steps=60)
+    assert metrics["result"]["val_loss"] < metrics["start"]["val_loss"] - 1
+
+
+def test_the_name_of_the_folder_tells_the_settings(tmp_path):
+    run("--method", "topv", "--leftover", 0.25, "--scope", "global", "--seed", 3)
+    (folder,) = (tmp_path / "out").iterdir()
+    assert folder.name == "topv-stdlib-small-0.25-scope=global-block-size=32-steps=12-batch-size=2-lr=0.01-seed3"
+
+
+# The ways through: tiny, pruned starts, accumulation, ablations.
+
+
+def test_tiny_is_first_trained_dense_and_that_run_is_reused():
+    run("--method", "gum", model="tiny", steps=4)
+    (dense,) = Path("out").glob("none-*")
+    before = (dense / "metrics.json").read_bytes()
+    metrics = run("--method", "topv", "--distill", model="tiny", steps=4)
+    assert [path.name for path in Path("out").glob("none-*")] == [dense.name]
+    assert (dense / "metrics.json").read_bytes() == before
+    assert metrics["start"]["val_loss"] == json.loads(before)["result"]["val_loss"]
+
+
+def test_a_finished_run_can_be_pruned_further():
+    run("--method", "topv", "--leftover", 0.5, "--out", "half")
+    assert run("--method", "gum", "--leftover", 0.5, "--out", "quarter", model="half")["result"]["parameters"] < \
+        sum(tensor.numel() for tensor in weights("half").values())
+    assert sum(GPT.from_pretrained("quarter").config.mlp_widths) == 32
+
+
+def test_accumulation_changes_nothing_but_rounding():
+    run("--method", "topv", "--batch-size", 4, "--out", "whole")
+    run("--method", "topv", "--batch-size", 4, "--accumulate", 4, "--out", "parts")
+    a, b = weights("whole"), weights("parts")
+    assert max((a[name] - b[name]).abs().max() for name in a) < 1e-4
+
+
+def test_epochs_set_the_steps():
+    blocks = len(load_once("toysql", "train", 257, 128, None, None))
+    metrics = run("--dataset", "toysql", "--block-size", 128, "--epochs", 8 / blocks, "--out", "run", steps=1)
+    assert metrics["steps"] == 1  # --steps wins
+    flags = train.parse(["--model", "small", "--dataset", "toysql", "--block-size", "128", "--epochs", str(40 / blocks),
+                         "--out", "by-epochs"])
+    assert train.run(flags)["steps"] == 5
+
+
+@pytest.mark.parametrize("flags", [["--method", "gum", "--scope", "layer"], ["--method", "gum", "--lambda-gum", "0"],
+                                   ["--method", "topv", "--lambda-gum", "10"], ["--method", "random", "--scope", "global"]])
+def test_the_ablations_run(flags):
+    assert sum(run(*flags, "--leftover", 0.5, "--out", "run")["result"]["widths"]) == 64
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_at_leftover_1_every_method_trains_what_plain_fine_tuning_trains(method):
+    run("--method", "none", "--out", "dense")
+    run("--method", method, "--leftover", 1.0, "--out", "pruned")
+    dense, pruned = weights("dense"), weights("pruned")
+    for name in dense:
+        torch.testing.assert_close(pruned[name], dense[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_layers_that_lose_every_neuron_still_train_save_load_and_export(method):
+    tau = ["--tau", 0.9999, "--mask-lr", 0.1] if method == "soft" else []  # so that its threshold leaves nothing
+    metrics = run("--method", method, "--leftover", 0.004, *tau, "--out", "run")
+    assert 0 in metrics["result"]["widths"]
+    model = GPT.from_pretrained("run")
+    model.save_pretrained("padded", pad=True)
+    idx = torch.randint(257, (2, 20))
+    assert math.isfinite(metrics["result"]["val_loss"])
+    torch.testing.assert_close(GPT.from_pretrained("padded")(idx)[0], model(idx)[0], rtol=0, atol=1e-5)
+
+
+# Distillation.
+
+
+def test_distillation_lowers_kl_to_the_teacher():
+    run("--method", "none", "--seed", 5, "--out", "out/teacher", steps=200)
+    teacher = GPT.from_pretrained("out/teacher")
+    idx = load_once("stdlib", "validation", 257, 32, None, None).batch(range(64))[0]
+
+    def kl(folder):
+        with torch.no_grad():
+            p, q = teacher(idx)[0].log_softmax(-1), GPT.from_pretrained(folder)(idx)[0].log_softmax(-1)
+        return (p.exp() * (p - q)).sum(-1).mean().item()
+
+    common = ["--method", "topv", "--leftover", 0.1, "--seed", 5]
+    run(*common, "--out", "plain", model="out/teacher", steps=60)
+    run(*common, "--distill", "--teacher", "out/teacher", "--out", "distilled", model="out/teacher", steps=60)
+    assert kl("distilled") < 0.8 * kl("plain")
+
+
+def test_a_teacher_is_found_by_data_model_and_seed(capsys):
+    run("--method", "none", "--seed", 4, "--out", "out/other-seed")
+    run("--method", "none", "--seed", 5, "--out", "out/same-seed", steps=6)
+    run("--method", "topv", "--seed", 5, "--distill")
+    assert "teacher: out/same-seed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["topv", "gum"])
+def test_distillation_without_weight_is_no_distillation_bit_for_bit(method):
+    run("--method", "none", "--out", "teacher")
+    run("--method", method, "--lambda-gum" if method == "gum" else "--tau", 10 if method == "gum" else 0.1, "--out", "plain")
+    run("--method", method, *(["--lambda-gum", 10] if method == "gum" else []), "--distill", "--teacher", "teacher",
+        "--alpha-ce", 1, "--alpha-kd", 0, "--out", "distilled")
+    assert_same_weights("plain", "distilled")
+
+
+# Nothing is lost.
+
+
+class Killed(BaseException):
+    """Stands for a kill -9: nothing catches it."""
+
+
+def die_at(monkeypatch, function, call, after=False):
+    """Make the `call`-th call of `module.function` (from 1) raise Killed: before it works, or after."""
+    module, name = function
+    real, calls = getattr(module, name), []
+
+    def dying(*args, **kwargs):
+        calls.append(None)
+        if len(calls) != call:
+            return real(*args, **kwargs)
+        if after:
+            real(*args, **kwargs)
+        elif name == "save":  # half a file
+            Path(args[1]).write_bytes(b"PK half a checkpoint")
+        raise Killed
+
+    monkeypatch.setattr(module, name, dying)
+
+
+DEATHS = {"while a checkpoint is written": ((torch, "save"), 2, False),
+          "before a checkpoint is in place": ((torch, "save"), 2, True),
+          "in the middle of a step": ((torch.optim.AdamW, "step"), 7, False),
+          "between two steps": ((torch.optim.AdamW, "step"), 10, True),
+          "before the first checkpoint": ((torch.optim.AdamW, "step"), 3, True),
+          "after training": ((train, "compare"), 1, False)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("death", DEATHS)
+def test_a_killed_run_resumes_bit_for_bit(method, death, monkeypatch):
+    run("--method", method, "--out", "whole")
+    with monkeypatch.context() as patched:
+        die_at(patched, *DEATHS[death])
+        with pytest.raises(Killed):
+            run("--method", method, "--out", "killed")
+    run("--method", method, "--out", "killed", "--resume")
+    assert_same_run("whole", "killed")
+
+
+def test_a_killed_distilled_tiny_run_resumes_even_if_killed_in_its_dense_run(monkeypatch):
+    flags = ["--method", "gum", "--distill"]
+    run(*flags, model="tiny", steps=5)
+    for path in Path("out").iterdir():
+        path.rename(path.name + "-whole")
+    with monkeypatch.context() as patched:
+        die_at(patched, (torch.optim.AdamW, "step"), 5, True)
+        with pytest.raises(Killed):
+            run(*flags, model="tiny", steps=5)
+    with monkeypatch.context() as patched:
+        die_at(patched, (torch.optim.AdamW, "step"), 4, True)
+        with pytest.raises(Killed):
+            run(*flags, "--resume", model="tiny", steps=5)
+    run(*flags, "--resume", model="tiny", steps=5)
+    for path in Path("out").iterdir():
+        assert_same_run(path, path.name + "-whole")
+
+
+def start(*flags, steps=2000):
+    """The program itself, in a process of its own, on one thread."""
+    words = [sys.executable, ROOT / "train.py", "--model", "small", "--steps", steps, "--batch-size", 2, "--block-size", 32,
+             "--log-every", 2, "--checkpoint-every", 10, "--device", "cpu", *flags]
+    return subprocess.Popen([str(word) for word in words], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def wait_for(path):
+    deadline = time.monotonic() + 60
+    while not Path(path).exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.01)
+
+
+def test_kill_9_and_resume_end_with_the_same_bits():
+    assert start("--out", "whole", steps=60).wait() == 0
+    process = start("--out", "killed", steps=60)
+    wait_for("killed/checkpoint.pt")
+    process.kill()
+    process.wait()
+    assert not Path("killed/metrics.json").exists()
+    assert start("--out", "killed", "--resume", steps=60).wait() == 0
+    assert_same_run("whole", "killed")
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on():
+    process = start("--method", "topv", "--out", "run")
+    wait_for("run/checkpoint.pt")
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    step = torch.load("run/checkpoint.pt", weights_only=True)["step"]
+    line = stderr.splitlines()[-1]
+    assert f"after step {step} of 2000" in line and line.endswith("--out run --resume") and "--method topv" in line
+
+
+def test_resuming_a_finished_run_only_shows_it():
+    first = run("--out", "run")
+    before = weights("run")
+    assert run("--out", "run", "--resume") == json.loads(json.dumps(first))
+    assert all(torch.equal(weights("run")[name], before[name]) for name in before)
+
+
+def test_a_number_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(capsys, monkeypatch):
+    real, calls = train.GPT.forward, []
+
+    def forward(self, *args, **kwargs):
+        logits, loss = real(self, *args, **kwargs)
+        calls.append(None)
+        return logits, loss * (math.nan if len(calls) > 9 else 1)
+
+    monkeypatch.setattr(train.GPT, "forward", forward)
+    assert_fails(capsys, ["--model", "small", "--steps", "20", "--block-size", "32", "--checkpoint-every", "4", "--out", "run"],
+                 "no longer a finite number", "step 8 is kept", "--lr")
+    assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 8
+
+
+# Mistakes.
+
+
+def assert_fails(capsys, flags, *says):
+    """The program ends with status 2 and one line that says all of `says`."""
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(SystemExit) as stopped:
+        patched.setattr(sys, "argv", ["train.py", *(str(flag) for flag in flags)])
+        train.main()
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err.split("\r")[-1].strip().splitlines()[-1]
+    assert line.startswith("train.py: error: ")
+    for words in says:
+        assert words in line, line
+
+
+@pytest.mark.parametrize("flags,says", [
+    (["--method", "gumm"], ["gumm", "magnitude"]),
+    (["--dataset", "wiki"], ["wiki", "stdlib"]),
+    (["--model", "gpt5"], ["gpt5", "gpt2-medium", "owner/name"]),
+    (["--leftover", "0"], ["--leftover", "(0, 1]"]),
+    (["--leftover", "1.5"], ["--leftover", "(0, 1]"]),
+    (["--leftover", "nan"], ["--leftover", "(0, 1]"]),
+    (["--leftover", "a"], ["--leftover", "float"]),
+    (["--steps", "0"], ["--steps", "above 0"]),
+    (["--lr", "-1"], ["--lr", "above 0"]),
+    (["--lr", "inf"], ["--lr", "above 0"]),
+    (["--lambda-sim", "2"], ["--lambda-sim", "(0, 1]"]),
+    (["--methd", "gum"], ["--methd"]),
+    (["--method", "none", "--leftover", "0.5"], ["--leftover", "keeps all"]),
+    (["--method", "soft", "--scope", "global"], ["--scope"]),
+    (["--method", "random", "--lambda-gum", "1"], ["--lambda-gum"]),
+    (["--teacher", "small"], ["--teacher", "--distill"]),
+    (["--distill", "--label-smoothing", "0.1"], ["--label-smoothing"]),
+    (["--device", "tpu"], ["tpu", "cuda or cpu"]),
+    (["--block-size", "257"], ["257", "256"]),
+    (["--model", "small", "--block-size", "129"], ["129", "128"]),
+    (["--resume"], ["nothing to resume", "without --resume"]),
+    (["--model", "small", "--distill"], ["--teacher", "python train.py --method none --dataset stdlib --model small --seed 0"]),
+    (["--model", "small", "--distill", "--teacher", "nowhere"], ["nowhere"]),
+    (["--dataset", "wikitext", "--data-path", "nowhere"], ["nowhere"]),
+])
+def test_a_mistake_gets_one_line_and_status_2(flags, says, capsys):
+    assert_fails(capsys, flags, *says)
+    assert not Path("out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_without_cuda(capsys):
+    assert_fails(capsys, ["--device", "cuda"], "--device cpu")
+
+
+def test_a_folder_without_a_model(capsys):
+    os.mkdir("empty")
+    assert_fails(capsys, ["--model", "empty"], "empty", "config.json")
+
+
+def test_a_truncated_weights_file(capsys):
+    os.truncate("small/model.safetensors", 5000)
+    assert_fails(capsys, ["--model", "small"], "model.safetensors", "cut off")
+
+
+def test_a_teacher_with_another_vocabulary(capsys):
+    GPT(GPTConfig(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=2)).save_pretrained("other")
+    assert_fails(capsys, ["--model", "small", "--distill", "--teacher", "other"], "300", "257")
+
+
+def test_a_finished_run_is_not_overwritten(capsys):
+    run("--out", "run")
+    assert_fails(capsys, ["--model", "small", "--out", "run"], "finished run", "--out")
+
+
+def test_an_interrupted_run_is_not_overwritten(capsys, monkeypatch):
+    with monkeypatch.context() as patched:
+        die_at(patched, (train, "compare"), 1)
+        with pytest.raises(Killed):
+            run("--out", "run")
+    assert_fails(capsys, ["--model", "small", "--out", "run"], "interrupted", "--resume")
+    assert_fails(capsys, ["--model", "small", "--out", "run", "--resume"], "other settings", "steps is 12 there")
+    Path("run/checkpoint.pt").write_bytes(b"half")
+    common = ["--model", "small", "--steps", 12, "--batch-size", 2, "--block-size", 32, "--lr", 1e-2, "--log-every", 2]
+    assert_fails(capsys, [*common, "--device", "cpu", "--out", "run", "--resume"], "checkpoint.pt is damaged")
+
+
+def test_a_folder_that_is_no_run_is_not_touched(capsys):
+    before = sorted(os.listdir("small"))
+    assert_fails(capsys, ["--out", "small"], "small", "--out")
+    assert sorted(os.listdir("small")) == before
+
+
+def test_a_hub_name_without_a_network(capsys, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "no-cache")
+    assert_fails(capsys, ["--model", "somebody/gpt2-of-theirs"], "somebody/gpt2-of-theirs", "--model tiny")
+
+
+# On real text.
+
+
+@pytest.mark.parametrize("kind,flags", [("gpt2", []), ("gpt2", ["--distill"]), ("gpt_neo", [])])
+def test_wikitext_with_the_real_vocabulary(kind, flags, monkeypatch, tmp_path):
+    hub, vocabulary = SHARED / "hub" / "Salesforce" / "wikitext", SHARED / "tiktoken_cache"
+    if not (hub.is_dir() and vocabulary.is_dir()):
+        pytest.skip("no local copy of WikiText and of the GPT-2 vocabulary in ../shared")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(vocabulary))
+    config = GPTConfig(n_positions=64, n_embd=16, n_layer=2, n_head=2, model_type=kind, qkv_bias=kind == "gpt2",
+                       attn_scaled=kind == "gpt2", windows=() if kind == "gpt2" else (None, 16))
+    GPT(config).save_pretrained("start")
+    text = ["--dataset", "wikitext", "--data-path", hub, "--data-config", "wikitext-2-v1"]
+    if flags:
+        run("--method", "none", *text, "--out", "out/dense", model="start")
+    metrics = run("--method", "gum", *text, *flags, "--out", "out/run", model="start")
+    assert sum(GPT.from_pretrained("out/run").config.mlp_widths) == 32
+    assert metrics["result"]["val_loss"] < metrics["start"]["val_loss"]
