@@ -302,26 +302,32 @@ def wikisql_release(folder, split):
 def toysql(split, train=20_000, validation=1_000):
     """A made-up WikiSQL for small models: (prompt, target) texts, the same ones always, at most 128 bytes together.
 
-        debt_B | wins_F | area_A
-        how many area with wins over 31?
-        SELECT COUNT area_A FROM table WHERE wins_F > 31
+        cityKB | goalFA | teamXO
+        how many team with goal over 312?
+        SELECT COUNT teamXO FROM table WHERE goalFA > 312
 
-    The question has only the first part of a column's name; the rest, drawn anew for every schema, is in the header.
+    The question lacks the capitals of a column's name, which are drawn anew for every schema: they are in the header.
     So there is no answering without looking columns up in the header and copying values from the question.
     """
     rng = random.Random(2023)
-    # All as long, no two with the same initial: looking a column up is then a matter of one byte, and quick to learn.
-    nouns = "area bids cost debt fans goal hits jobs laps mass page rank size time wins year".split()
+    # No two begin or end alike: the byte before the capitals tells which column it is, so looking it up is soon learned.
+    nouns = "area band city desk fish goal hero jobs loan mile rent song team view wolf year".split()
     asking = [["which", "what"], ["highest", "largest"], ["lowest", "smallest"], ["how many", "count the"],
               ["total", "sum of"], ["average", "mean"]]               # for each aggregate of `to_sql`
     compare = [["is", "of"], ["over", "above"], ["under", "below"]]  # for each operator
+    capitals, consonants, vowels = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "bdfgklmnprstvz", "aeiou"
+
+    def letters(*alphabets):
+        return "".join(rng.choice(alphabet) for alphabet in alphabets)
+
     pairs = {}  # prompt -> target: no prompt twice, so train and validation share none
     while len(pairs) < train + validation:
         table = rng.sample(nouns, rng.choice([3, 4]))
-        header = [f"{noun}_{rng.choice('ABCDEFGH')}" for noun in table]
+        header = [noun + letters(capitals, capitals) for noun in table]
         select, *asked = rng.sample(range(len(table)), rng.choice([2, 3]))
         aggregate = rng.randrange(6)
-        conditions = [(column, rng.randrange(3), rng.randrange(10, 100)) for column in asked]
+        conditions = [(column, 0, letters(consonants, vowels, consonants, vowels)) if rng.random() < 0.5 else
+                      (column, rng.choice([1, 2]), rng.randrange(100, 1000)) for column in asked]
         clauses = [f"{table[column]} {rng.choice(compare[operator])} {value}" for column, operator, value in conditions]
         question = f"{rng.choice(asking[aggregate])} {table[select]} {rng.choice(['with', 'for'])} {' and '.join(clauses)}?"
         prompt, target = sql_prompt(header, question), to_sql(header, select, aggregate, conditions)

@@ -36,11 +36,16 @@ class GPTConfig:
     layer_norm_epsilon: float = 1e-5
 
     def __post_init__(self):
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, not a whole number from 1 upwards")
         self.windows = tuple(self.windows) or (None,) * self.n_layer
         self.mlp_widths = tuple(self.mlp_widths) or (4 * self.n_embd,) * self.n_layer
         if not len(self.windows) == len(self.mlp_widths) == self.n_layer:
             raise ValueError(f"{self.n_layer} layers want as many windows and MLP widths, not "
                              f"{len(self.windows)} and {len(self.mlp_widths)}")
+        if min(self.mlp_widths) < 0:
+            raise ValueError(f"an MLP can't have {min(self.mlp_widths)} neurons")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
 
@@ -48,8 +53,8 @@ class GPTConfig:
 class KVCache:
     """Keys and values of the tokens read so far, so that a new token costs one token's work.
 
-    `kv` is [2, n_layer, B, n_head, capacity, d / n_head], keys before values. Its first `length` positions are filled; the
-    first `start` [B] of those are the row's left padding.
+    `kv` is [2, n_layer, B, n_head, capacity, d / n_head], keys before values. Its first `length` positions are filled;
+    the first `start` [B] of those are the row's left padding.
     """
 
     def __init__(self, config, start, capacity, dtype):
@@ -66,7 +71,7 @@ class KVCache:
         return self.kv[0, layer, :, :, first:end], self.kv[1, layer, :, :, first:end]
 
     def select(self, rows, shared=0):
-        """Let row i be what row `rows[i]` was. `shared`: the first positions, the same in both rows, need no copying."""
+        """Let row i be what row `rows[i]` was. The first `shared` positions are the same in both: no need to copy."""
         if shared:
             self.kv[..., shared : self.length, :] = self.kv[:, :, rows, :, shared : self.length]
             return
@@ -79,9 +84,9 @@ class KVCache:
 def attention_mask(queries, keys, window, start, device):
     """Which of `keys` tokens each of the last `queries` tokens may look at: bool [B or 1, 1, queries, keys - first].
 
-    Query i sees key j if 0 <= i - j < `window` (None = no limit) and j >= `start` [B], the row's left padding. Keys before
-    `first`, which no query sees, are left out (`KVCache.append` leaves out the same). None when plain causal attention
-    says the same or hides nothing.
+    Query i sees key j if 0 <= i - j < `window` (None = no limit) and j >= `start` [B], the row's left padding. Keys
+    before `first`, which no query sees, are left out (`KVCache.append` leaves out the same). None when plain causal
+    attention says the same or hides nothing.
     """
     if start is None and (queries == 1 or queries == keys and (window is None or keys <= window)):
         return None
@@ -166,11 +171,14 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        # GPT-2's initialisation: what adds to the residual stream starts smaller. Its 0.02 is for 768 dimensions; a narrower
+        # model's products would start out too small, and it would take long to find its attention.
+        std = 0.02 * (768 / config.n_embd) ** 0.5
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
-            elif "ln_" not in name:  # GPT-2's initialisation: what adds to the residual stream starts smaller
-                nn.init.normal_(parameter, std=0.02 / (2 * config.n_layer) ** (0.5 * name.endswith("c_proj.weight")))
+            elif "ln_" not in name:
+                nn.init.normal_(parameter, std=std / (2 * config.n_layer) ** (0.5 * name.endswith("c_proj.weight")))
 
     def features(self, idx, cache=None, start=None):
         """The final hidden states [B, T, d] of tokens `idx` [B, T]; `start` [B] counts each row's left padding."""
@@ -203,13 +211,13 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, beams=1, length_penalty=1.0,
                  no_repeat_ngram=0, eot=None, generator=None):
-        """Continue `prompts`, lists of token ids of any lengths, by up to `max_new_tokens` each; returns the new tokens.
+        """Continue `prompts`, lists of token ids of any lengths, by up to `max_new_tokens` each; returns the new ones.
 
         Tokens are drawn one by one from softmax(logits / temperature), among the `top_k` likeliest, and of those the
-        fewest whose probabilities reach `top_p` together; temperature 0 takes the likeliest. With `beams` > 1 nothing is
-        drawn: beam search looks for the continuation of n tokens with the highest log-probability / n^length_penalty.
-        No `no_repeat_ngram` tokens in a row (0: no limit) come twice in a prompt with its continuation. A continuation
-        ends before the token `eot` (None: never) and where the context is full. Prompts do not influence each other, but
+        fewest whose probabilities reach `top_p` together; temperature 0 takes the likeliest. With `beams` > 1 nothing
+        is drawn: beam search looks for the continuation with the highest log-probability / tokens^length_penalty.
+        No `no_repeat_ngram` tokens in a row (0: no limit) come twice in a prompt with its continuation, which ends
+        before the token `eot` (None: never) and where the context is full. Prompts do not influence each other, but
         share the random numbers. Raises ValueError for a prompt that is empty or longer than the context.
         """
         n_positions = self.config.n_positions
@@ -235,13 +243,13 @@ class GPT(nn.Module):
         return outputs
 
     def next_logits(self, idx, cache):
-        """Logits [B, V] of the token after `idx` [B, T], which continue what `cache` holds and are then held there too."""
+        """Logits [B, V] of the token after `idx` [B, T], which continues what `cache` holds (-1 = left padding)."""
         start = cache.start if cache.start.any() else None
         x = self.features(idx.clamp(min=0), cache, start)[:, -1]  # [B, T] -> [B, d]: only the last token is continued
         return F.linear(x, self.wte.weight).float()  # [B, V]
 
     def sample(self, idx, cache, room, how, no_repeat_ngram, eot):
-        """Continue row i of `idx` [B, T] by up to `room[i]` tokens, each picked `how` `pick` says; a list for each row."""
+        """Continue row i of `idx` [B, T] by up to `room[i]` tokens, chosen by `pick(logits, *how)`; their lists."""
         outputs, live = [[] for _ in room], list(range(len(room)))  # row r of the batch belongs to outputs[live[r]]
         new = idx
         while True:
@@ -262,10 +270,10 @@ class GPT(nn.Module):
                 cache.select(going)
 
     def beam_search(self, idx, cache, room, beams, length_penalty, no_repeat_ngram, eot):
-        """The best continuation of each row of `idx` [B, T], row i's of up to `room[i]` tokens; a list for each row.
+        """The best continuation found for each row of `idx` [B, T], row i's of up to `room[i]` tokens; their lists.
 
-        Keeps the `beams` likeliest unfinished continuations of each prompt and the `beams` best finished ones, and stops
-        when the likeliest of the former, were it to end now, would not be among the latter.
+        Keeps the `beams` likeliest unfinished continuations of each prompt and the `beams` best finished ones, and
+        stops when the likeliest of the former, were it to end now, would not be among the latter.
         """
         live, finished = list(range(len(room))), [[] for _ in room]
         logits = self.next_logits(idx, cache)
@@ -290,15 +298,16 @@ class GPT(nn.Module):
                         tokens = idx[row, idx.size(1) - n + 1 :].tolist() + [token] * (token != eot)
                         finished[i].append((score / n**length_penalty, tokens))
                 finished[i] = sorted(finished[i], key=lambda it: -it[0])[:beams]
-                enough = len(finished[i]) == beams and running and running[0][0] / n**length_penalty <= finished[i][-1][0]
-                if running and running[0][0] > -torch.inf and not enough:
+                likeliest = running[0][0] if running else -torch.inf
+                full = len(finished[i]) == beams
+                if likeliest > -torch.inf and not (full and likeliest / n**length_penalty <= finished[i][-1][0]):
                     going.append(i)
                     chosen += running[:beams]
             if not going:
                 break
             scores, order, new = (torch.tensor(x, device=idx.device) for x in zip(*chosen))  # [B] each
             idx = torch.cat([idx[order], new[:, None]], dim=1)
-            # What a beam has read differs from its neighbours' only after the prompt; when a prompt is done, rows leave.
+            # The beams of a prompt have read the same prompt. Once one prompt is done, its rows leave: all is copied.
             cache.select(order, shared=cache.length - n + 1 if len(going) == len(live) else 0)
             live = going
             logits = self.next_logits(new[:, None], cache)
@@ -385,12 +394,12 @@ def pick(logits, temperature, top_k, top_p, generator):
     if top_p is None:
         return probs.multinomial(1, generator=generator)[:, 0]
     probs, order = probs.sort(descending=True)
-    probs[probs.cumsum(-1) - probs >= top_p] = 0  # those before it are enough already; before the first there is nothing
+    probs[probs.cumsum(-1) - probs >= top_p] = 0  # the likelier ones are enough already (never true of the first)
     return order.gather(1, probs.multinomial(1, generator=generator))[:, 0]
 
 
 def ban_repeats(scores, idx, n):
-    """`scores` [B, V], minus infinity for tokens that would end an n-gram that occurs in `idx` [B, T] (-1 = padding)."""
+    """`scores` [B, V], but -inf for tokens that would complete an n-gram which `idx` [B, T] has (-1 = padding)."""
     if n == 0 or idx.size(1) < n:
         return scores
     ngrams = idx.unfold(1, n, 1)  # [B, T - n + 1, n]
@@ -493,7 +502,7 @@ class Tensors:
         if path.suffix == ".json":
             try:
                 index = {name: path.parent / file for name, file in json.loads(path.read_text())["weight_map"].items()}
-            except (ValueError, KeyError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{path} can't be read as an index of weights: {error}") from error
         else:
             index = {name: path for name in self.open(path)}
@@ -519,7 +528,10 @@ class Tensors:
                     return weights.keys() if name is None else weights.get_tensor(name).clone()
             if self.bin[0] != file:  # the one .bin file in memory; its tensors leave it as they are read
                 self.bin = (file, None)
-                self.bin = (file, torch.load(file, map_location="cpu", weights_only=True))
+                tensors = torch.load(file, map_location="cpu", weights_only=True)
+                if not all(isinstance(key, str) and torch.is_tensor(tensors[key]) for key in tensors):
+                    raise TypeError("it does not hold tensors by name")
+                self.bin = (file, tensors)
             return list(self.bin[1]) if name is None else self.bin[1].pop(name)
         except Exception as error:  # each format has its own exceptions for a file that is cut off or damaged
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -529,7 +541,7 @@ class Tensors:
 def download(name):
     """The folder in Hugging Face's local cache with the model `name` of the Hub, fetched unless it is there."""
     known = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) and name not in known:
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and name not in known:
         raise FileNotFoundError(f"no model {name!r}: there is no such folder, and a name on the Hub is owner/name "
                                 f"(say EleutherAI/gpt-neo-125m) or one of {', '.join(known)}")
     from huggingface_hub import snapshot_download  # comes with `datasets`

@@ -366,19 +366,20 @@ def test_toysql_is_the_same_every_time():
 
 
 def test_toysql_is_answered_by_looking_columns_up_in_the_header():
-    """An independent solver: rules over the question's words, and the header's columns by their first half."""
+    """An independent solver: rules over the question's words, and the header's columns without their last letter."""
     for prompt, target in data.toysql("validation"):
         header, question = prompt.splitlines()
-        column = {name.split("_")[0]: name for name in header.split(" | ")}
+        column = {name[:-1]: name for name in header.split(" | ")}
         asks, noun, rest = re.fullmatch(r"(.+?) (\w+) (?:with|for) (.+)\?", question).groups()
         aggregate = {"highest": "MAX ", "largest": "MAX ", "lowest": "MIN ", "smallest": "MIN ", "how many": "COUNT ",
-                     "count the": "COUNT ", "total": "SUM ", "sum of": "SUM ", "average": "AVG ", "mean": "AVG "}
+                     "count the": "COUNT ", "total": "SUM ", "sum of": "SUM ", "average": "AVG ", "mean": "AVG ",
+                     "which": "", "what": ""}
         where = []
         for clause in rest.split(" and "):
-            name, *word, value = clause.split()
-            operator = {"over": ">", "above": ">", "under": "<", "below": "<"}.get("".join(word), "=")
+            name, word, value = clause.split()
+            operator = {"over": ">", "above": ">", "under": "<", "below": "<", "is": "=", "of": "="}[word]
             where.append(f"{column[name]} {operator} {value}")
-        assert target == f"SELECT {aggregate.get(asks, '')}{column[noun]} FROM table WHERE {' AND '.join(where)}"
+        assert target == f"SELECT {aggregate[asks]}{column[noun]} FROM table WHERE {' AND '.join(where)}"
 
 
 def test_toysql_cannot_be_answered_without_the_header():

@@ -1,6 +1,7 @@
 """Generation against transformers, against running the whole model anew for every token, and against probabilities."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -18,11 +19,21 @@ EOT = {"gpt2": 14, "gpt_neo": 3}  # tokens that these models come to write at ma
 both_families = pytest.mark.parametrize("family", EOT)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small lose more by waiting for a second thread than they win."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def random_model(family="gpt2", widths=(), vocab=61, seed=0):
     """A small model with weights so large that its choices are clear, and depend on all that it has read."""
     neo = family == "gpt_neo"
-    model = GPT(GPTConfig(vocab_size=vocab, n_positions=CONTEXT, n_embd=32, n_layer=4, n_head=4, model_type=family,
-                          attn_scaled=not neo, qkv_bias=not neo, windows=(None, 16) * 2 if neo else (), mlp_widths=widths))
+    config = GPTConfig(vocab_size=vocab, n_positions=CONTEXT, n_embd=32, n_layer=4, n_head=4, model_type=family,
+                       attn_scaled=not neo, qkv_bias=not neo, windows=(None, 16) * 2 if neo else (), mlp_widths=widths)
+    model = GPT(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -43,7 +54,9 @@ MIXED = (3, 24, 1, 11, 17, 3, 8, 24, 19, 2, 14, 6)
 
 def in_transformers(model, folder):
     model.save_pretrained(folder, pad=True)
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
+    hf = AutoModelForCausalLM.from_pretrained(folder).eval()
+    hf.generation_config.eos_token_id = None  # config.json names one, which would end what has no other
+    return hf
 
 
 def hf_generate(hf, prompts, max_new_tokens, eot=None, **settings):
@@ -87,7 +100,7 @@ every_way = pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("ends", [True, False], ids=["eot", "no eot"])
 def test_equals_transformers(tmp_path, family, way, ends):
     model, eot = random_model(family), EOT[family] if ends else None
-    hf, prompts = in_transformers(model, tmp_path), random_prompts((1, 5, 14, 24) * 4, seed=ends)
+    hf, prompts = in_transformers(model, tmp_path), random_prompts((1, 5, 14, 24) * 4, seed=int(ends))
     outputs = model.generate(prompts, 30, **WAYS[way], eot=eot)
     assert outputs == hf_generate(hf, prompts, 30, eot, **IN_TRANSFORMERS[way])
     if ends:
@@ -224,7 +237,7 @@ def test_enough_beams_find_the_likeliest_continuation_of_all(eot):
         # Without a length penalty, going on never raises a likelihood, so that stopping early misses nothing.
         [output] = model.generate([prompt], 3, beams=36, length_penalty=0.0, eot=eot)
         assert output == [token for token in best if token != eot]
-    assert len({len(best) for best in found}) == (1 if eot is None else 3) or len(set(found)) > 4
+    assert len(set(found)) > 4 and (eot is None or any(eot in best for best in found))
 
 
 # No repeats.
@@ -254,7 +267,7 @@ def test_when_every_token_would_repeat_something_still_comes(way):
 
 def brute_force(logits, temperature, top_k, top_p):
     """Probability of each token that may be drawn, by hand."""
-    weights = {token: torch.tensor(logit / temperature, dtype=torch.double).exp().item() for token, logit in enumerate(logits)}
+    weights = {token: math.exp(logit / temperature) for token, logit in enumerate(logits)}
     likeliest = sorted(weights, key=weights.get, reverse=True)[:top_k]
     total, nucleus = sum(weights[token] for token in likeliest), []
     for token in likeliest:
@@ -263,10 +276,11 @@ def brute_force(logits, temperature, top_k, top_p):
     return {token: weights[token] / sum(weights[t] for t in nucleus) for token in nucleus}
 
 
-@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, None, None), (0.5, None, None), (2.0, None, None),
-                                                       (1.0, 5, None), (1.0, None, 0.6), (1.5, 8, 0.8), (1.0, 500, 1.0)])
+@pytest.mark.parametrize("temperature, top_k, top_p", [
+    (1.0, None, None), (0.5, None, None), (2.0, None, None), (1.0, 5, None), (1.0, None, 0.7), (1.5, 8, 0.8),
+    (1.0, 500, 1.0)])
 def test_sampling_draws_each_token_with_its_probability(temperature, top_k, top_p):
-    model, draws, [prompt] = random_model(), 20_000, random_prompts((6,))
+    model, draws, [prompt] = random_model(), 20_000, random_prompts((6,), seed=4)
     with torch.no_grad():
         wanted = brute_force(model(torch.tensor([prompt]))[0][0, -1].tolist(), temperature, top_k, top_p)
     drawn = model.generate([prompt] * draws, 1, temperature, top_k, top_p, generator=torch.Generator().manual_seed(0))
@@ -294,7 +308,8 @@ def test_sampling_depends_on_nothing_but_its_generator():
     model, prompts = random_model(), random_prompts(MIXED)
 
     def sample(seed):
-        return model.generate(prompts, 20, temperature=0.9, top_k=20, top_p=0.9, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        return model.generate(prompts, 20, temperature=0.9, top_k=20, top_p=0.9, generator=generator)
 
     assert sample(1) == sample(1) != sample(2)
 
@@ -320,17 +335,16 @@ def test_the_end_token_in_a_prompt_does_not_end_it():
     assert model.generate([prompt], 6, temperature=0, eot=EOT["gpt2"]) == [anew(model, prompt, 6, EOT["gpt2"])] != [[]]
 
 
-@pytest.mark.parametrize("prompts, message", [([[1], []], "a prompt has 0 tokens; this model continues 1 to 64"),
-                                              ([[1], [2] * 65], "a prompt has 65 tokens; this model continues 1 to 64")])
+@pytest.mark.parametrize("length", [0, 65])
 @every_way
-def test_prompts_that_cannot_be_continued_are_errors(prompts, message, way):
-    with pytest.raises(ValueError, match=message):
-        random_model().generate(prompts, 5, **WAYS[way])
+def test_prompts_that_cannot_be_continued_are_errors(length, way):
+    with pytest.raises(ValueError, match=f"a prompt has {length} tokens; this model continues 1 to 64"):
+        random_model().generate([[1], [2] * length], 5, **WAYS[way])
 
 
 @pytest.mark.parametrize("way", [dict(beams=0), dict(temperature=-1), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5)])
 def test_settings_that_mean_nothing_are_errors(way):
-    with pytest.raises(ValueError, match="generation wants beams >= 1, temperature >= 0, top_k >= 1 and 0 < top_p <= 1"):
+    with pytest.raises(ValueError, match="wants beams >= 1, temperature >= 0, top_k >= 1 and 0 < top_p <= 1"):
         random_model().generate([[1]], 5, **way)
 
 

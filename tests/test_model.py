@@ -1,4 +1,4 @@
-"""model.py against transformers, torch and hand-written formulas: what it computes, what it reads and what it writes."""
+"""model.py against transformers, torch and formulas by hand: what it computes, what it reads and what it writes."""
 
 import json
 import os
@@ -20,6 +20,15 @@ from model import GPT, GPTConfig
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Most models here are so small that waiting for a second thread costs more than it wins."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # Models with random weights, far larger than an initialisation's, so that a mistake shows in the logits.
@@ -65,10 +74,10 @@ def saved(hf, folder, **kwargs):
     return folder
 
 
-def ours(family="gpt2", widths=(5, 0, 40, 17), **settings):
+def ours(family="gpt2", widths=(5, 0, 40, 17)):
     windows = (None, 8, None, 8) if family == "gpt_neo" else ()
-    config = GPTConfig(vocab_size=97, n_positions=64, n_embd=32, n_layer=4, n_head=4, mlp_widths=widths, windows=windows,
-                       model_type=family, attn_scaled=family == "gpt2", qkv_bias=family == "gpt2", **settings)
+    config = GPTConfig(vocab_size=97, n_positions=64, n_embd=32, n_layer=4, n_head=4, model_type=family,
+                       windows=windows, mlp_widths=widths, attn_scaled=family == "gpt2", qkv_bias=family == "gpt2")
     return randomise(GPT(config))
 
 
@@ -125,6 +134,15 @@ def real_neo(tmp_path_factory):
     return hf, saved(hf, tmp_path_factory.mktemp("neo"))
 
 
+@pytest.fixture
+def all_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("all_threads")
 @pytest.mark.parametrize("name, count", [("real_gpt2", 124_439_808), ("real_neo", 125_198_592)])
 def test_logits_at_the_real_shapes(request, name, count):
     hf, folder = request.getfixturevalue(name)
@@ -192,7 +210,8 @@ def test_skipping_neurons_equals_zeroing_them(family, keep):
     for (name, parameter), wanted in zip(skipping.named_parameters(), zeroed.parameters()):
         torch.testing.assert_close(parameter.grad, wanted.grad, rtol=0, atol=1e-10, msg=name)
     pruned = mask == 0
-    assert not skipping.h[0].mlp.c_fc.weight.grad[pruned].any() and not skipping.h[0].mlp.c_proj.weight.grad[:, pruned].any()
+    mlp = skipping.h[0].mlp
+    assert not mlp.c_fc.weight.grad[pruned].any() and not mlp.c_proj.weight.grad[:, pruned].any()
 
 
 def test_hold_keeps_the_activations_of_the_kept_neurons():
@@ -214,11 +233,11 @@ LAYOUTS = ["safetensors", "safetensors shards", "bin", "legacy bin", "bin shards
 
 
 def write(folder, hf, layout="safetensors", prefix=True, change=lambda tensors: tensors, config=None):
-    """A folder in Hugging Face's format with the weights of `hf`, as some version of some tool would have written it."""
+    """A folder in Hugging Face's format with the weights of `hf`, as some version of some tool would have written."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(hf.config.to_dict() | (config or {})))
-    tensors = {name.removeprefix("" if prefix else "transformer."): p.detach().clone() for name, p in hf.named_parameters()}
-    tensors = change(tensors)
+    drop = "" if prefix else "transformer."
+    tensors = change({name.removeprefix(drop): p.detach().clone() for name, p in hf.named_parameters()})
 
     def put(part, stem):
         if "safetensors" in layout:
@@ -273,9 +292,11 @@ def test_shards_as_transformers_writes_them(tmp_path, family):
 @pytest.mark.parametrize("layout", ["safetensors", "bin"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_files_load_as_float32(tmp_path, layout, dtype):
+    def halve(tensors):
+        return {name: tensor.to(dtype) for name, tensor in with_buffers(tensors).items()}
+
     hf = hf_neo()
-    folder = write(tmp_path, hf, layout, change=lambda tensors: {name: t.to(dtype) for name, t in with_buffers(tensors).items()})
-    model = GPT.from_pretrained(folder)
+    model = GPT.from_pretrained(write(tmp_path, hf, layout, change=halve))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert distance(model, hf.to(dtype).float(), 20) < 1e-4
 
@@ -413,9 +434,11 @@ def test_an_index_that_names_a_tensor_its_shard_lacks(tmp_path):
 @pytest.mark.parametrize("change, message", [
     ({"model_type": "llama"}, "model_type is 'llama'; gpt2 and gpt_neo"), ({"model_type": None}, "model_type is None"),
     ({"activation_function": "relu"}, "activation_function is 'relu'"), ({"tie_word_embeddings": False}, "untied"),
-    ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"), ({"n_head": 5}, "multiple of n_head"),
-    ({"n_layer": "4"}, "config.json"), ({"mlp_widths": [1, 2]}, "4 layers want"), ({"n_embd": None}, "config.json"),
-    ({"n_head": 0}, "config.json"), ({"mlp_widths": [1, 2, 3, -4]}, "config.json"), ({"vocab_size": "many"}, "config.json")])
+    ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+    ({"n_head": 5}, "multiple of n_head"), ({"n_head": 0}, "config.json: n_head is 0"),
+    ({"n_layer": "4"}, "config.json: n_layer is '4'"), ({"n_embd": None}, "config.json: n_embd is None"),
+    ({"vocab_size": "many"}, "config.json: vocab_size is 'many'"), ({"mlp_widths": [1, 2]}, "4 layers want"),
+    ({"mlp_widths": [1, 2, 3, -4]}, "config.json: an MLP can't have -4 neurons")])
 def test_a_configuration_that_is_not_known_is_an_error(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         GPT.from_pretrained(write(tmp_path, hf_gpt2(), config=change))
