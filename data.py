@@ -300,7 +300,7 @@ def wikisql_release(folder, split):
 
 
 def toysql(split, train=20_000, validation=1_000):
-    """A made-up WikiSQL for small models: (prompt, target) texts, the same ones always, at most 128 bytes together.
+    """A made-up WikiSQL for small models: (prompt, target) texts, the same ones always, at most 120 bytes together.
 
         cityKB | goalFA | teamXO
         how many team with goal over 312?
@@ -310,29 +310,23 @@ def toysql(split, train=20_000, validation=1_000):
     So there is no answering without looking columns up in the header and copying values from the question.
     """
     rng = random.Random(2023)
-    # No two begin or end alike: the byte before the capitals tells which column it is, so looking it up is soon learned.
+    # No two begin or end alike: the byte before the capitals tells which column it is. And what is to be copied is some
+    # random bytes long, so that each byte helps with the next: from both, a small model learns all this in minutes.
     nouns = "area band city desk fish goal hero jobs loan mile rent song team view wolf year".split()
-    asking = [["which", "what"], ["highest", "largest"], ["lowest", "smallest"], ["how many", "count the"],
-              ["total", "sum of"], ["average", "mean"]]               # for each aggregate of `to_sql`
-    compare = [["is", "of"], ["over", "above"], ["under", "below"]]  # for each operator
     capitals, consonants, vowels = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "bdfgklmnprstvz", "aeiou"
-
-    def letters(*alphabets):
-        return "".join(rng.choice(alphabet) for alphabet in alphabets)
-
+    asking = [["which", "what"], ["highest", "largest"], ["lowest", "smallest"], ["how many", "count the"],
+              ["total", "sum of"], ["average", "mean"]]              # for each aggregate of `to_sql`
+    compare = [["is", "of"], ["over", "above"], ["under", "below"]]  # for each operator
     pairs = {}  # prompt -> target: no prompt twice, so train and validation share none
     while len(pairs) < train + validation:
         table = rng.sample(nouns, rng.choice([3, 4]))
-        header = [noun + letters(capitals, capitals) for noun in table]
-        select, *asked = rng.sample(range(len(table)), rng.choice([2, 3]))
-        aggregate = rng.randrange(6)
-        conditions = [(column, 0, letters(consonants, vowels, consonants, vowels)) if rng.random() < 0.5 else
-                      (column, rng.choice([1, 2]), rng.randrange(100, 1000)) for column in asked]
-        clauses = [f"{table[column]} {rng.choice(compare[operator])} {value}" for column, operator, value in conditions]
-        question = f"{rng.choice(asking[aggregate])} {table[select]} {rng.choice(['with', 'for'])} {' and '.join(clauses)}?"
-        prompt, target = sql_prompt(header, question), to_sql(header, select, aggregate, conditions)
-        if len(prompt) + len(target) < 128:  # end of text is the 128th
-            pairs[prompt] = target
+        header = [noun + rng.choice(capitals) + rng.choice(capitals) for noun in table]
+        select, column = rng.sample(range(len(table)), 2)
+        aggregate, operator = rng.randrange(6), rng.choice([0, 0, 1, 2])
+        value = rng.randrange(100, 1000) if operator else "".join(map(rng.choice, [consonants, vowels] * 2))
+        question = (f"{rng.choice(asking[aggregate])} {table[select]} {rng.choice(['with', 'for'])} "
+                    f"{table[column]} {rng.choice(compare[operator])} {value}?")
+        pairs[sql_prompt(header, question)] = to_sql(header, select, aggregate, [(column, operator, value)])
     pairs = list(pairs.items())
     return pairs[:train] if split == "train" else pairs[train:]
 

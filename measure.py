@@ -5,7 +5,6 @@
     python measure.py figures out/RUN ... --out figures  the paper's figures, and training curves
     python measure.py sample out/RUN --prompt TEXT       what the dense and the pruned model write, side by side
 
-In order: quality, sensitivity, uniqueness, span uniqueness, a run's measures, tables, figures, the command line.
 Shapes: B sequences of T tokens; h [B, T, k] is what the k neurons left in a layer put out; V = vocab_size.
 """
 
@@ -32,15 +31,13 @@ from model import GPT
 from prune import METHODS
 
 MEASURES = {  # a value in measure.json: its name in tables and figures
-    "loss": "validation loss (nats per token)", "perplexity": "perplexity", "exact_match": "exact match (share)",
-    "bleu": "BLEU", "rouge1": "ROUGE-1 F", "rouge2": "ROUGE-2 F", "rougeL": "ROUGE-L F", "sensitivity": "sensitivity (nats)",
-    "uniqueness": "uniqueness (share)", "span_uniqueness": "span uniqueness (share)", "leftover": "leftover (share)"}
-DRAWN = {  # method: label, marker, colour (Okabe and Ito's palette, which the colour-blind can tell apart)
+    "loss": "validation loss (nats per token)", "perplexity": "perplexity", "exact_match": "exact match", "bleu": "BLEU",
+    "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "sensitivity": "sensitivity (nats)",
+    "uniqueness": "uniqueness", "span_uniqueness": "span uniqueness", "leftover": "leftover"}
+DRAWN = {  # method: its name, marker and colour (from Okabe and Ito's palette, which the colour-blind can tell apart)
     "none": ("Dense", "s", "#000000"), "magnitude": ("Magnitude", "^", "#E69F00"), "random": ("Random", "v", "#56B4E9"),
     "topv": ("Top_v", "D", "#009E73"), "soft": ("Soft movement", "P", "#CC79A7"), "gum": ("GUM", "o", "#D55E00")}
-
-
-TITLES = {False: "without distillation", True: "with distillation"}
+load = cache(lambda *args: data.load(*args))  # runs share their data
 
 
 def batches(examples, tokens=8192, first=None):
@@ -93,31 +90,31 @@ def exact_matches(model, examples, tokens=4096):
     return matches
 
 
-def write_texts(model, examples, prompts=0, beams=1, length_penalty=1.0, no_repeat_ngram=0):
-    """What the model writes to the first `prompts` distinct prompts (0: all), greedily or by beam search, and references.
+def write_texts(model, examples, prompts=0, beams=1):
+    """What the model writes to the first `prompts` distinct prompts (0: all), a line each, and each one's references.
 
-    Two lists: a line of text for each prompt, at most as long as the split's longest target, and its list of references.
+    Greedily, or by beam search as usual for E2E; at most as much as the split's longest target.
     """
     tokenizer, longest = data.tokenizer(model.config.vocab_size), max(map(len, examples.targets))
-    chosen, rows, outputs = examples.distinct()[: prompts or None], max(1, 64 // beams), {}
+    chosen, rows, written = examples.distinct()[: prompts or None], max(1, 64 // beams), {}
     order = sorted(chosen, key=lambda i: len(examples.prompts[i]))
     for some in (order[start : start + rows] for start in range(0, len(order), rows)):
         new = model.generate([examples.prompts[i] for i in some], longest, temperature=0, beams=beams, eot=tokenizer.eot,
-                             length_penalty=length_penalty, no_repeat_ngram=no_repeat_ngram)
-        outputs |= {i: " ".join(tokenizer.decode(ids).split()) for i, ids in zip(some, new)}
-    return [outputs[i] for i in chosen], [[" ".join(text.split()) for text in examples.references[i]] for i in chosen]
+                             length_penalty=0.9, no_repeat_ngram=4 if beams > 1 else 0)
+        written |= {i: " ".join(tokenizer.decode(ids).split()) for i, ids in zip(some, new)}
+    return [written[i] for i in chosen], [[" ".join(text.split()) for text in examples.references[i]] for i in chosen]
 
 
-def text_scores(outputs, references):
-    """BLEU of the corpus (sacrebleu, 0 to 100) and the mean ROUGE-1, -2, -L (rouge-score's F, 0 to 1, best reference)."""
+def text_scores(written, references):
+    """BLEU of the corpus (sacrebleu, 0 to 100) and mean ROUGE-1, -2, -L (rouge-score, F-measure, the best reference)."""
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu import corpus_bleu
 
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
-    scores = [scorer.score_multi(texts, output) for output, texts in zip(outputs, references)]
-    streams = list(zip_longest(*references))  # sacrebleu wants all first references, all second ones, ...; None: no more
-    return {name: statistics.fmean(score[name].fmeasure for score in scores) for name in scorer.rouge_types} | dict(
-        bleu=corpus_bleu(outputs, streams).score)
+    scores = [scorer.score_multi(texts, text) for text, texts in zip(written, references)]
+    values = {name: statistics.fmean(score[name].fmeasure for score in scores) for name in scorer.rouge_types}
+    # sacrebleu wants all first references, then all second ones, ...; None where a text has no more.
+    return values | dict(bleu=corpus_bleu(written, list(zip_longest(*references))).score)
 
 
 def observe(model, examples, tokens=2048, first=None):
@@ -137,9 +134,9 @@ def observe(model, examples, tokens=2048, first=None):
         features, held = model.features(idx), [mlp.held for mlp in mlps]  # [B, T, d], [B, T, k] each
         counts = targets != -100  # [B, T]
         losses = F.cross_entropy(F.linear(features[counts], model.wte.weight), targets[counts], reduction="none")
-        shares = (1 / counts.sum(1, keepdim=True)).expand_as(counts)[counts]  # each token's part in its sequence's mean
+        lengths = counts.sum(1, keepdim=True).expand_as(counts)[counts]  # of each token's sequence
         # Sequences do not see each other, so the gradient of the sum of their losses is for each one that of its own.
-        for h, gradient, C in zip(held, torch.autograd.grad((losses * shares).sum(), held), Cs):
+        for h, gradient, C in zip(held, torch.autograd.grad((losses / lengths).sum(), held), Cs):
             h = h.detach().double()
             total += (h * gradient).sum(1).abs().sum().item()  # [B, T, k] -> [B, k]; padding has no gradient
             C.addmm_(h[real].T, h[real])  # [tokens, k] -> [k, k]
@@ -197,8 +194,11 @@ def read_run(folder):
         raise FileNotFoundError(f"no such run: {folder} is not a folder")
     if (path / "settings.json").exists() and not (path / "metrics.json").exists():
         raise ValueError(f"{folder} is not finished: go on with its python train.py command and --resume")
-    metrics, measures = (json.loads(file.read_text()) if file.exists() else {}
-                         for file in (path / "metrics.json", path / "measure.json"))
+    try:
+        metrics, measures = (json.loads(file.read_text()) if file.exists() else {}
+                             for file in (path / "metrics.json", path / "measure.json"))
+    except ValueError as error:
+        raise ValueError(f"metrics.json or measure.json in {folder} is damaged: {error}") from error
     return SimpleNamespace(path=path, metrics=metrics, settings=metrics.get("settings", {}), measures=measures)
 
 
@@ -207,27 +207,27 @@ def dense_run(run, dense):
     if dense or not run.metrics:
         return read_run(dense) if dense else None
     same = {name: run.settings[name] for name in ("dataset", "data_config", "model", "seed")} | {"method": "none"}
-    beside = [read_run(file.parent) for file in sorted(run.path.absolute().parent.glob("*/metrics.json"))]
+    beside = [read_run(file.parent) for file in sorted(run.path.parent.glob("*/metrics.json"))]
     found = [other for other in beside if same.items() <= other.settings.items()]
     return max(found, default=None, key=lambda other: len(other.settings.items() & run.settings.items()))  # most alike
 
 
 @cache  # one dense run serves many
 def measure(path, device, dataset, data_path, data_config, block_size, split, examples, generate, beams, outputs):
-    """A model's values by name, its `counts` and widths, and the texts it wrote with their references."""
+    """A model's values by name, `counts` of `redundancy`, widths, and the texts it wrote with their references."""
     model = GPT.from_pretrained(path).to(device)
     where = model.config.vocab_size, block_size or model.config.n_positions, data_path, data_config
-    validation, metric, texts = data.load(dataset, "validation", *where), data.DATASETS[dataset]["metric"], ()
-    loss = mean_loss(model, validation, nullcontext())
-    values = dict(loss=loss, perplexity=math.exp(min(loss, 700)))
+    validation, metric, texts = load(dataset, "validation", *where), data.DATASETS[dataset]["metric"], ()
+    values = dict(loss=mean_loss(model, validation, nullcontext()))
+    values["perplexity"] = math.exp(values["loss"])
     if metric == "exact_match":
-        values["exact_match"] = statistics.fmean(exact_matches(model, validation))
+        values[metric] = statistics.fmean(exact_matches(model, validation))
     if outputs or metric in ("rouge", "bleu"):
         if isinstance(validation, data.Blocks):
             raise ValueError(f"--outputs needs prompts, and {dataset} is plain text without any")
         texts = write_texts(model, validation, generate, beams)
         values |= text_scores(*texts)
-    values["sensitivity"], Cs = observe(model, data.load(dataset, split, *where), first=examples)
+    values["sensitivity"], Cs = observe(model, load(dataset, split, *where), first=examples)
     unique, counts = redundancy(Cs)
     return values | unique, counts, model.config.mlp_widths, texts
 
@@ -242,171 +242,157 @@ def evaluate(args):
             raise ValueError(f"{run.path} does not say what it was trained on: add --dataset, and --block-size")
         dense = dense_run(run, args.dense)
         values, counts, widths, texts = measure(run.path.absolute(), args.device, **on)
-        base, _, full, _ = measure(dense.path.absolute(), args.device, **on) if dense else ({}, 0, (), 0)
+        base, _, full, _ = measure(dense.path.absolute(), args.device, **on) if dense else ({}, (), (), ())
         full = run.metrics["start"]["widths"] if run.metrics else full
-        left = [k / max(m, 1) for k, m in zip(widths, full)]
+        left = [k / max(m, 1) for k, m in zip(widths, full)] or None
         ratios = {name: value / base[name] if value is not None and base.get(name) else None for name, value in values.items()}
-        values = values | dict(leftover=sum(widths) / sum(full) if full else None)
+        values = values | dict(leftover=sum(widths) / max(sum(full), 1) if full else None)
         about = dict(on=on, dense=dense and dense.path.name, values=values, ratios=ratios, widths=widths,
-                     leftover_per_layer=left or None, counts=counts)
+                     leftover_per_layer=left, counts=counts)
         files = {"measure.json": json.dumps(about, indent=1, allow_nan=False) + "\n"}
-        if on["outputs"]:  # a line for each output; for its references a group of lines, an empty line between groups
+        if on["outputs"]:  # a line for each text; a group of lines for its references, an empty line between groups
             files["outputs.txt"] = "\n".join(texts[0]) + "\n"
             files["references.txt"] = "\n\n".join("\n".join(filter(None, group)) for group in texts[1]) + "\n"
         for name, text in files.items():
             (run.path / (name + ".tmp")).write_text(text)
             os.replace(run.path / (name + ".tmp"), run.path / name)
-        print(f"\n{str(run.path):42}{'this':>10}{'dense':>10}{'ratio':>10}")
+        print(f"\n{str(run.path):40}{'this':>10}{'dense':>10}{'ratio':>10}")
         for name, value in values.items():
             row = (value, base.get(name), ratios.get(name))
-            print(f"{MEASURES[name]:42}" + "".join(f"{'-' if x is None else format(x, '.4g'):>10}" for x in row))
-        print("leftover per layer:", *(f"{share:.1%}" for share in left))
+            print(f"{MEASURES[name]:40}" + "".join(f"{'-' if x is None else format(x, '.4g'):>10}" for x in row))
+        print("leftover per layer:", *(f"{share:.1%}" for share in left or []))
 
 
-def compared(folders):
-    """Runs as {(data set, model): {(method, distilled, label): {leftover wanted: [a run for each seed]}}}."""
-    free, groups = ("seed", "leftover", "teacher", "device", "dtype", "data_path"), {}
-    runs = [read_run(folder) for folder in dict.fromkeys(folders)]
+def read_runs(folders, measured):
+    """The runs in the tables' order, by (data set, model). `.label`: the method, and how it differs from its like."""
+    runs, groups = [read_run(folder) for folder in dict.fromkeys(folders)], {}
     for run in runs:
-        if not run.metrics:
-            raise ValueError(f"{run.path} was not made by train.py: there is no metrics.json in it")
-        found = dict(perplexity=run.metrics["result"]["val_perplexity"], leftover=run.metrics["leftover"])
-        run.measures = run.measures or dict(values=found, ratios={})  # not measured yet
+        if not run.metrics or measured and not run.measures:
+            raise ValueError(f"{run.path} has no {'measure' if run.metrics else 'metrics'}.json: it takes a run of train.py, "
+                             f"and then python measure.py {run.path}")
+        known = dict(perplexity=run.metrics["result"]["val_perplexity"], leftover=run.metrics["leftover"])
+        run.measures = run.measures or dict(values=known)
         run.kind = [run.settings[name] for name in ("dataset", "model", "distill", "method")]
-    for run in sorted(runs, key=lambda run: (run.kind[2], list(METHODS).index(run.kind[3]), run.path)):
-        dataset, model, distill, method = run.kind
+    for run in sorted(runs, key=lambda run: (run.kind[2], list(METHODS).index(run.kind[3]))):
         alike = [other.settings for other in runs if other.kind == run.kind]
-        differing = [f"{name} {value}" for name, value in run.settings.items()  # ablations get rows of their own
-                     if name not in free and any(settings[name] != value for settings in alike)]
-        label = ", ".join([DRAWN[method][0], *["distilled"] * distill, *differing])
-        rows = groups.setdefault((dataset, Path(model).name), {})
-        rows.setdefault((method, distill, label), {}).setdefault(run.settings["leftover"], []).append(run)
+        free = ("seed", "leftover", "teacher", "device", "dtype", "data_path")
+        run.label = ", ".join([DRAWN[run.kind[3]][0]] + [
+            f"{name} {value}" for name, value in run.settings.items()
+            if name not in free and any(settings[name] != value for settings in alike)])
+        groups.setdefault((run.kind[0], Path(run.kind[1]).name), []).append(run)
     return groups
 
 
 def mean_std(values):
-    """Mean and sample standard deviation (0 of one) of the values that are there, and their number; None without any."""
+    """Mean, sample standard deviation (0 of one) and number of the values that are there; None without any."""
     values = [value for value in values if value is not None]
     return (statistics.fmean(values), statistics.stdev(values) if values[1:] else 0.0, len(values)) if values else None
 
 
 def table(args):
     """Print runs as the paper's tables: methods down, leftover across; mean ± sample standard deviation (seeds)."""
-    kind = "ratios" if args.ratio else "values"
-    for (dataset, model), rows in compared(args.runs).items():
-        leftovers = sorted({leftover for cells in rows.values() for leftover in cells}, reverse=True)
-        runs = [run for cells in rows.values() for some in cells.values() for run in some]
-        asked = {"rouge": "rougeL"}.get(data.DATASETS[dataset]["metric"], data.DATASETS[dataset]["metric"])
-        name = args.metric or (asked if all(asked in run.measures[kind] for run in runs) else "perplexity")
+    for (dataset, model), runs in read_runs(args.runs, measured=False).items():
+        asked = data.DATASETS[dataset]["metric"].replace("rouge", "rougeL")
+        name = args.metric or (asked if all(asked in run.measures["values"] for run in runs) else "perplexity")
+        if lacking := [str(run.path) for run in runs if name not in run.measures["values"]]:
+            raise ValueError(f"no {name}: first python measure.py {' '.join(lacking)}")
+        rows, leftovers = {}, sorted({run.settings["leftover"] for run in runs}, reverse=True)
         for run in runs:
-            if name not in run.measures[kind]:
-                raise ValueError(f"{run.path} has no {name}: first python measure.py {run.path}")
-        lines = [[f"{dataset}, {model}: {MEASURES[name]}" + " / dense" * args.ratio] + [f"{v:.0%}" for v in leftovers]]
-        for (_, _, label), cells in rows.items():
+            row = rows.setdefault(run.label + ", distilled" * run.settings["distill"], {v: [] for v in leftovers})
+            row[run.settings["leftover"]].append(run)
+        lines = [[f"{dataset}, {model}: {MEASURES[name]}", *(f"{v:.4g}" for v in leftovers)]]
+        for label, row in rows.items():
             lines.append([label])
-            for v in leftovers:
-                found = mean_std(run.measures[kind][name] for run in cells.get(v, []))
-                real = mean_std(run.metrics["leftover"] for run in cells.get(v, []))
+            for v, some in row.items():
+                found, left = (mean_std(values) for values in ([run.measures["values"][name] for run in some],
+                                                               [run.metrics["leftover"] for run in some]))
                 text = f"{found[0]:.4g}" + f" ± {found[1]:.2g}" * (found[2] > 1) + f" ({found[2]})" if found else "-"
-                lines[-1].append(text + (f" at {real[0]:.1%}" if real and abs(real[0] - v) >= 0.01 else ""))
+                lines[-1].append(text + (f" at {left[0]:.3f}" if found and abs(left[0] - v) >= 0.01 else ""))
         if args.format == "csv":
             csv.writer(sys.stdout).writerows(lines)
         elif args.format == "markdown":
-            print(*("| " + " | ".join(line) + " |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]]), sep="\n")
+            lines.insert(1, ["---"] * len(lines[0]))
+            print(*(f"| {' | '.join(line)} |" for line in lines), "", sep="\n")
         else:
-            body = " \\\\\n".join(" & ".join(line) for line in lines) + " \\\\\n"
-            for plain, latex in (("%", r"\%"), ("_", r"\_"), ("±", r"$\pm$")):
-                body = body.replace(plain, latex)
-            print(f"\\begin{{tabular}}{{l{'r' * len(leftovers)}}}\n{body}\\end{{tabular}}")
-        print()
+            body = " \\\\\n".join(" & ".join(line) for line in lines).replace("_", r"\_").replace("±", r"$\pm$")
+            print(f"\\begin{{tabular}}{{l{'r' * len(leftovers)}}}\n{body} \\\\\n\\end{{tabular}}\n")
 
 
-def draw(path, panels, columns):
-    """A figure of `panels`, (title, x label, y label, series); a series is (label, style, {x: values over seeds}).
+def draw(path, panels, styles):
+    """A figure of `panels` {(title, x label, y label): {curve: {x: {seed's run: y}}}}, as PNG and PDF.
 
-    Points are means, bars the sample standard deviation; panels of the same quantities share their axes. PNG and PDF.
+    Points are means, bars sample standard deviations. Panels of the same quantities share their axes.
     """
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    rows = -(-len(panels) // columns)
-    plt.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(rows, columns, figsize=(9, 0.6 + 2.4 * rows), squeeze=False, layout="constrained")
-    handles, peers = {}, {}
-    for ax in axes.flat[len(panels):]:
-        ax.remove()
-    for ax, (title, x, y, series) in zip(axes.flat, panels):
-        if (peer := peers.setdefault((x, y), ax)) is not ax:
-            ax.sharex(peer), ax.sharey(peer)
-        ax.set(title=title, xlabel=x, ylabel=y)
-        for label, style, points in series:
-            points = {x: found for x in sorted(points) if (found := mean_std(points[x]))}
+
+    plt.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 10})
+    columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
+    rows, handles, peers = -(-len(panels) // columns), {}, {}
+    figure = plt.figure(figsize=(9, 0.7 + 2.5 * rows), layout="constrained")
+    for place, ((title, x_label, y_label), curves) in enumerate(panels.items(), 1):
+        peer = peers.get((x_label, y_label))
+        ax = peers[x_label, y_label] = figure.add_subplot(rows, columns, place, title=title, sharex=peer, sharey=peer)
+        ax.set(xlabel=x_label, ylabel=y_label)
+        for label, points in curves.items():
+            points = {x: found for x in sorted(points) if (found := mean_std(points[x].values()))}
             if points:
                 means, stds, _ = zip(*points.values())
-                dots = dict(marker="") if len(points) > 12 else {}
-                handles[label] = ax.errorbar(points.keys(), means, stds, label=label, **style | dots)
+                many = dict(marker="", elinewidth=0.5, capsize=0) if len(points) > 12 else {}
+                handles[label] = ax.errorbar(list(points), means, stds, **dict(capsize=2, mfc="none") | styles[label] | many)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6)
     path.parent.mkdir(parents=True, exist_ok=True)
     for suffix in ("png", "pdf"):
-        figure.savefig(path.with_name(f"{path.name}.tmp"), format=suffix, dpi=200)
-        os.replace(path.with_name(f"{path.name}.tmp"), path.with_name(f"{path.name}.{suffix}"))
+        figure.savefig(f"{path}.tmp", format=suffix, dpi=200)
+        os.replace(f"{path}.tmp", f"{path}.{suffix}")
     plt.close(figure)
-    print(f"{path}.png, .pdf")
-
-
-def curves(rows, distill, leftover, pairs):
-    """A curve for `draw` per row that is (not) distilled, through the points `pairs(run)` of its runs with `leftover`."""
-    drawn = []
-    for (method, distilled, label), cells in rows.items():
-        if distilled == distill or method == "none":  # the dense runs serve both
-            _, marker, color = DRAWN[method]
-            nth, points = sum(style["color"] == color for _, style, _ in drawn), {}
-            for run in [run for v, some in cells.items() for run in some if leftover in (None, v) or method == "none"]:
-                for x, y in pairs(run):
-                    points.setdefault(x, []).append(y)
-            drawn.append((label, dict(color=color, marker=marker, ls=("-", "--", ":", "-.")[nth % 4]), points))
-    return drawn
+    print(f"{path}.png")
 
 
 def figures(args):
     """Draw the paper's figures 1, 2 (redundancy, ratio to dense), 5, 6 (raw), 3 (similarity), 4 (layers), and training."""
     from matplotlib import colormaps
 
-    for (dataset, model), rows in compared(args.runs).items():
-        for run in [run for cells in rows.values() for some in cells.values() for run in some]:
-            if "counts" not in run.measures:
-                raise ValueError(f"{run.path} is not measured: first python measure.py {run.path}")
-            run.log = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
-            run.full = run.metrics["start"]["widths"]
-        pruned = {key: cells for key, cells in rows.items() if key[0] != "none"}
-        layers, draws = range(len(run.full)), {}
-        for kind, of in (("ratios", ", ratio to dense"), ("values", "")):
-            draws["redundancy-" + kind] = 3, [
-                (TITLES[d], "leftover (%)", MEASURES[name] + of, curves(rows, d, None, lambda run: [
-                    (100 * run.settings["leftover"], run.measures[kind].get(name))]))
-                for d in sorted({key[1] for key in pruned or rows}) for name in ("sensitivity", "uniqueness", "span_uniqueness")]
-        sets = sorted({(d, v) for (_, d, _), cells in pruned.items() for v in cells})
-        draws["layers"] = 2, [
-            (f"{v:.0%} left, {TITLES[d]}", "layer", "neurons left in the layer (%)", curves(pruned, d, v, lambda run: [
-                (n + 1, 100 * share) for n, share in enumerate(run.metrics["leftover_per_layer"])])) for d, v in sets]
-        for d, v in sets:
-            name = f"-{v:g}" + "-distilled" * d
-            draws["similarity" + name] = min(len(layers), 4), [
-                (f"layer {n + 1}", "largest |cos| to another neuron", "neurons (%)", curves(rows, d, v, lambda run: [
-                    (i / 10 + 0.05, 100 * count / max(sum(run.measures["counts"][n]), 1))
-                    for i, count in enumerate(run.measures["counts"][n])])) for n in layers]
-            draws["training" + name] = 3, [
-                (title, "step", y, curves(pruned, d, v, lambda run: [(line["step"], scale * line[key]) for line in run.log]))
-                for title, key, scale, y in (("loss", "loss", 1, "training loss (nats per token)"),
-                                             ("schedule", "v", 100, "v_t (%)"), ("network", "leftover", 100, "neurons left (%)"))]
-            by_layer = [curves(pruned, d, v, lambda run: [(line["step"], 100 * line["widths"][n] / max(run.full[n], 1))
-                                                          for line in run.log]) for n in layers]
-            draws["training" + name][1].extend(
-                (of_method[0][0], "step", "neurons left in the layer (%)",
-                 [(f"layer {n + 1}", dict(color=colormaps["viridis"](n / len(layers))), points)
-                  for n, (_, _, points) in enumerate(of_method)]) for of_method in zip(*by_layer))
-        for name, (columns, panels) in draws.items():
-            draw(Path(args.out, f"{name}-{dataset}-{model}"), panels, columns)
+    for (dataset, model), runs in read_runs(args.runs, measured=True).items():
+        drawn, styles = {}, {"v_t": dict(color="#000000", ls=":", zorder=3)}
+
+        def add(figure, title, x_label, y_label, curve, points):
+            curves = drawn.setdefault(figure, {}).setdefault((title, x_label, y_label), {})
+            for x, y in points:
+                curves.setdefault(curve, {}).setdefault(x, {})[run.path] = y
+
+        pruned = dict.fromkeys((run.settings["distill"], run.settings["leftover"]) for run in runs if run.kind[3] != "none")
+        for run in runs:
+            _, marker, color = DRAWN[run.kind[3]]
+            label, full, measures, dense = run.label, run.metrics["start"]["widths"], run.measures, run.kind[3] == "none"
+            nth = sum(style["color"] == color for other, style in styles.items() if other not in (label, "v_t"))
+            styles[label] = styles.get(label, dict(color=color, marker=marker, ls=("-", "--", ":", "-.")[nth % 4]))
+            log = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+            for distill, v in pruned if dense else [(run.settings["distill"], run.settings["leftover"])]:
+                how, file = ("with" if distill else "without") + " distillation", f"-{v:g}" + "-distilled" * distill
+                for kind, of in (("ratios", ", ratio to dense"), ("values", "")):
+                    for name in ("sensitivity", "uniqueness", "span_uniqueness"):
+                        add(f"redundancy-{kind}", how, "leftover (share of neurons)", MEASURES[name] + of, label,
+                            [(run.settings["leftover"], measures[kind][name])])
+                for n, counts in enumerate(measures["counts"]):
+                    add("similarity" + file, f"layer {n + 1}", "largest |cos| to another neuron", "share of neurons", label,
+                        [((i + 0.5) / len(counts), count / max(sum(counts), 1)) for i, count in enumerate(counts)])
+                if not dense:
+                    add("layers", f"leftover {v:g}, {how}", "layer", "share of neurons left", label,
+                        enumerate(measures["leftover_per_layer"], 1))
+                    add("training" + file, "loss", "step", "training loss (nats per token)", label,
+                        [(line["step"], line["loss"]) for line in log])
+                    add("training" + file, "network", "step", "share of neurons left", "v_t",
+                        [(line["step"], line["v"]) for line in log])
+                    add("training" + file, "network", "step", "share of neurons left", label,
+                        [(line["step"], line["leftover"]) for line in log])
+                    for n, m in enumerate(full):
+                        styles[f"layer {n + 1}"] = dict(color=colormaps["viridis"](n / len(full)), lw=1)
+                        add("training" + file, label, "step", "share of neurons left", f"layer {n + 1}",
+                            [(line["step"], line["widths"][n] / max(m, 1)) for line in log])
+        for name, panels in drawn.items():
+            draw(Path(args.out, f"{name}-{dataset}-{model}"), panels, styles)
 
 
 def sample(args):
@@ -425,46 +411,54 @@ def sample(args):
 
 
 def fail(message):
-    """A user's mistake: one line, exit status 2."""
+    """End the program for a user's mistake: one line, exit status 2."""
     print(f"measure.py: error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
 
 
-def main():
-    commands = {function.__name__: function for function in (evaluate, table, figures, sample)}
-    argv = sys.argv[1:] if sys.argv[1:2] and sys.argv[1] in (*commands, "-h", "--help") else ["evaluate", *sys.argv[1:]]
+def parse(argv):
+    commands = {"evaluate": evaluate, "table": table, "figures": figures, "sample": sample}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    subparsers = parser.add_subparsers(dest="command", required=True)
-    parsers = {name: subparsers.add_parser(name, help=function.__doc__) for name, function in commands.items()}
+    parsers = parser.add_subparsers(dest="command", required=True)
+    for name, command in commands.items():
+        sub = parsers.add_parser(name, help=command.__doc__.splitlines()[0])
+        sub.error, flag = fail, sub.add_argument
+        sub.set_defaults(command=command)
+        if name == "sample":
+            flag("run", metavar="RUN", help="the folder of a finished run")
+            flag("--prompt", required=True, help="the text to continue")
+            flag("--tokens", type=int, default=120, help="how many to write at most (default: 120)")
+        else:
+            flag("runs", metavar="RUN", nargs="+", help="the folder of a finished run")
+        if name in ("evaluate", "sample"):
+            flag("--dense", help="the dense model's folder (default: the run of the same data, model and seed beside RUN)")
+            flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+        if name == "evaluate":
+            flag("--dataset", choices=data.DATASETS, help="what to measure on (default, as of the next three: the run's)")
+            flag("--data-path", help="a local folder with the data")
+            flag("--data-config", help="the data's configuration")
+            flag("--block-size", type=int, help="tokens per sequence (of a folder with only a model: its context)")
+            flag("--split", choices=("train", "validation"), default="train", help="for redundancy (default: train)")
+            flag("--examples", type=int, default=512, help="sequences of it, from the first; 0 = all (default: 512)")
+            flag("--generate", type=int, default=0, help="prompts to write texts for, if the data asks for texts (default: all)")
+            flag("--beams", type=int, default=1, help="beams to search with for texts (default: 1, greedy; usual for e2e: 10)")
+            flag("--outputs", action="store_true", help="write outputs.txt and references.txt, as e2e-metrics reads them")
+        elif name == "table":
+            flag("--metric", choices=MEASURES, help="what to show (default: what the data asks for)")
+            flag("--format", choices=("markdown", "csv", "latex"), default="markdown")
+        elif name == "figures":
+            flag("--out", default="figures", help="the folder to draw into")
+    args = parser.parse_args(argv if argv and argv[0] in (*commands, "-h", "--help") else ["evaluate", *argv])
+    for name in ("examples", "generate", "tokens", "block_size"):
+        if (vars(args).get(name) or 0) < 0:
+            fail(f"--{name.replace('_', '-')} {vars(args)[name]} is out of range: it must be at least 0")
+    return args
 
-    def flag(names, name, *, default=None, **more):
-        for command in names.split():
-            parsers[command].add_argument(name, default=default, **more)
 
-    for one in parsers.values():
-        one.error = fail
-    flag("evaluate table figures", "runs", metavar="RUN", nargs="+", help="the folder of a finished run")
-    flag("sample", "run", metavar="RUN", help="the folder of a finished run")
-    flag("evaluate sample", "--dense", help="the dense model's folder (default: that of the same data, model and seed beside)")
-    flag("evaluate sample", "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    flag("evaluate", "--dataset", choices=list(data.DATASETS), help="measure on this data (default: what the run trained on)")
-    flag("evaluate", "--data-path", help="a local folder with the data")
-    flag("evaluate", "--data-config", help="the data's configuration")
-    flag("evaluate", "--block-size", type=int, help="tokens per sequence (default: the run's, or the model's context)")
-    flag("evaluate", "--split", default="train", choices=("train", "validation"), help="for sensitivity and uniqueness")
-    flag("evaluate", "--examples", default=512, type=int, help="sequences of it, the first ones; 0 = all (default: 512)")
-    flag("evaluate", "--generate", default=0, type=int, help="prompts to generate from; 0, the default, = all")
-    flag("evaluate", "--beams", default=1, type=int, help="for generation; 1 is greedy; 10 usual for e2e")
-    flag("evaluate", "--outputs", action="store_true", help="also write outputs.txt and references.txt (e2e-metrics format)")
-    flag("table", "--metric", choices=list(MEASURES), help="(default: what the data asks for)")
-    flag("table", "--ratio", action="store_true", help="divide by the dense run's")
-    flag("table", "--format", choices=("markdown", "csv", "latex"), default="markdown")
-    flag("figures", "--out", default="figures", help="the folder for the figures")
-    flag("sample", "--prompt", required=True, help="the text to continue")
-    flag("sample", "--tokens", default=120, type=int, help="how many at most")
-    args = parser.parse_args(argv)
+def main():
+    args = parse(sys.argv[1:])
     try:
-        commands[args.command](args)
+        args.command(args)
     except (ValueError, OSError) as error:
         fail(error)
 

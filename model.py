@@ -1,8 +1,8 @@
 """GPT-2 and GPT-Neo in one plain definition, with MLPs that can skip neurons.
 
-Read top to bottom: the configuration, attention, the MLP (the part that gets pruned), the model, then how weights travel
-between files in Hugging Face's format and this definition. The MLP knows that some of its neurons may be skipped; why
-they are skipped is `prune.py`'s business.
+Read top to bottom: the configuration, attention, the MLP (the part that gets pruned), the model, then how weights
+travel between files in Hugging Face's format and this definition. The MLP knows that some of its neurons may be
+skipped; why they are is `prune.py`'s business.
 
 Shapes: B sequences, T tokens each, d = n_embd, m neurons in an MLP of which k are kept, V = vocab_size.
 """
@@ -125,9 +125,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """h = gelu(x W1^T + b1), output h W2^T + b2, over the neurons in `keep` only (section 2 of the paper).
 
-    Neuron j is row j of W1 [m, d], entry j of b1 [m] and column j of W2 [d, m]. A masked neuron has h = gelu(0) = 0 and a
-    zero column in W2, so it adds nothing to the output, and every product in its gradient has a zero factor. Leaving it
-    out therefore gives the same outputs and gradients as multiplying by a mask, for less work.
+    Neuron j is row j of W1 [m, d], entry j of b1 [m] and column j of W2 [d, m]. A masked neuron has h = gelu(0) = 0 and
+    a zero column in W2, so it adds nothing to the output, and every product in its gradient has a zero factor. Leaving
+    it out therefore gives the same outputs and gradients as multiplying by a mask, for less work.
 
     `keep`: indices of the neurons to compute [k], None = all. `hold`: put h [B, T, k] in `held` at every forward pass.
     """
@@ -167,14 +167,14 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.wte = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False)
+        self.wpe = nn.Embedding.from_pretrained(torch.empty(config.n_positions, config.n_embd), freeze=False)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        # GPT-2's initialisation: what adds to the residual stream starts smaller. Its 0.02 is for 768 dimensions; a narrower
-        # model's products would start out too small, and it would take long to find its attention.
+        # GPT-2's initialisation: what adds to the residual stream starts smaller. Its 0.02 is for 768 dimensions; with
+        # it a narrower model's products would start out too small, and it would take long to find its attention.
         std = 0.02 * (768 / config.n_embd) ** 0.5
-        for name, parameter in self.named_parameters():
+        for name, parameter in () if self.wte.weight.is_meta else self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif "ln_" not in name:
@@ -197,7 +197,7 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def forward(self, idx, targets=None, label_smoothing=0.0):
-        """Next-token logits [B, T, V] of tokens `idx` [B, T], and the mean loss in nats per token (None without targets).
+        """Next-token logits [B, T, V] of tokens `idx` [B, T], and the mean loss in nats per token (or None).
 
         `targets` [B, T] holds the token that should follow each one, -100 where none counts. Raises ValueError if the
         sequence is longer than the context.
@@ -315,12 +315,12 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_dir):
-        """Load a model in Hugging Face's format from a local folder, or by its name on the Hub (in float32, on the CPU).
+        """Load a model in Hugging Face's format from a local folder or by its name on the Hub (float32, on the CPU).
 
-        Reads `config.json` with `model.safetensors`, its shards and index, or `pytorch_model.bin` (never running pickled
-        code), one tensor at a time, so that memory peaks at the model plus its largest tensor. Raises
-        FileNotFoundError where there is no model, ConnectionError if the Hub cannot be reached, and ValueError for
-        anything that is not exactly a GPT-2 or GPT-Neo this file defines, naming the keys that are missing or left over.
+        Reads `config.json` with `model.safetensors`, its shards and index, or `pytorch_model.bin` (never running
+        pickled code), one tensor at a time, so that memory peaks at the model plus its largest tensor. Raises
+        FileNotFoundError where there is no model, ConnectionError if the Hub cannot be reached, and ValueError for what
+        is not exactly a GPT-2 or GPT-Neo that this file defines, naming the keys that are missing or left over.
         """
         folder = Path(name_or_dir) if os.path.isdir(name_or_dir) else download(str(name_or_dir))
         config = read_config(folder)
@@ -334,7 +334,8 @@ class GPT(nn.Module):
             if not all(source in tensors.names for source in sources):
                 missing += [source for source in sources if source not in tensors.names]
                 continue
-            tensor = torch.cat([tensors.read(source) for source in sources])
+            parts = [tensors.read(source) for source in sources]
+            tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
             if is_transposed(name, config):
                 tensor = tensor.t()
             if tensor.shape != parameter.shape:
@@ -345,18 +346,18 @@ class GPT(nn.Module):
             setattr(model.get_submodule(module), leaf, nn.Parameter(value))
         if missing:
             raise ValueError(f"{folder}: its weights lack {', '.join(missing)}")
-        if "lm_head.weight" in tensors.names and not torch.equal(tensors.read("lm_head.weight").float(), model.wte.weight):
+        if "lm_head.weight" in tensors.names and not tensors.read("lm_head.weight").float().equal(model.wte.weight):
             raise ValueError(f"{folder}: lm_head.weight differs from wte.weight; only tied output heads are known here")
         if tensors.names:
-            raise ValueError(f"{folder}: its weights hold {', '.join(sorted(tensors.names))}, which this model has no use for")
+            raise ValueError(f"{folder}: its weights hold {', '.join(sorted(tensors.names))}, which nothing here reads")
         return model
 
     def save_pretrained(self, folder, pad=False):
         """Write `config.json` and `model.safetensors` into `folder`, in Hugging Face's layout and names.
 
-        Layers keep their own widths, as `mlp_widths` in the configuration. `pad=True` fills every layer with zero neurons
-        to the widest one's width: the same function, larger, which any Hugging Face loader reads. Both files are written
-        beside and then moved into place, so neither is ever torn.
+        Layers keep their own widths, as `mlp_widths` in the configuration. `pad=True` fills every layer with zero
+        neurons to the widest one's width: the same function, larger, which any Hugging Face loader reads. Both files
+        are written beside and then moved into place, so neither is ever torn.
         """
         from safetensors.torch import save_file
 
@@ -495,7 +496,7 @@ class Tensors:
 
     def __init__(self, folder):
         self.file_of, self.bin = {}, (None, {})
-        files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+        files = [name + index for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")]
         path = next((Path(folder) / file for file in files if (Path(folder) / file).is_file()), None)
         if path is None:
             raise FileNotFoundError(f"{folder} holds no model: there is none of {', '.join(files)} in it")
@@ -541,7 +542,8 @@ class Tensors:
 def download(name):
     """The folder in Hugging Face's local cache with the model `name` of the Hub, fetched unless it is there."""
     known = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and name not in known:
+    local = os.path.isdir(os.path.dirname(name))  # "out/mistyped" is a folder that is not there, no name on the Hub
+    if name not in known and (local or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)):
         raise FileNotFoundError(f"no model {name!r}: there is no such folder, and a name on the Hub is owner/name "
                                 f"(say EleutherAI/gpt-neo-125m) or one of {', '.join(known)}")
     from huggingface_hub import snapshot_download  # comes with `datasets`
@@ -556,5 +558,5 @@ def download(name):
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(f"no model {name!r} on the Hub, or it is private") from error
     except Exception as error:  # whatever stands between us and the Hub, the way out is the same
-        raise ConnectionError(f"can't get {name!r} from the Hub ({type(error).__name__}); give a folder that holds it in "
+        raise ConnectionError(f"can't get {name!r} from the Hub ({type(error).__name__}); give a folder with it in "
                               f"Hugging Face's format, or `--model tiny`, which needs no download") from error

@@ -4,8 +4,9 @@ From the paper's equations to code, in order: the schedule (automated gradual pr
 methods, the running cosine similarity (Algorithm 1), the regularisers R and R_sim (eq. 4), distillation, and `shrink`,
 which makes the pruned widths real.
 
-A neuron j of a layer is one group: row j of W1, entry j of b1, column j of W2. It has one score S_j. The kept neurons are
-put in `mlp.keep`; the others are skipped (see `model.MLP`). A layer has m neurons, k of them kept; the network has N.
+A neuron j of a layer is one group: row j of W1, entry j of b1, column j of W2. It has one score S_j. The kept neurons
+are put in `mlp.keep`; the others are skipped (see `model.MLP`). A layer has m neurons, k of them kept; the
+network has N.
 """
 
 import torch
@@ -55,7 +56,7 @@ def leftover_at(step, steps, leftover):
 
 
 def top_v(scores, count):
-    """Which `count` of the `scores` [n] are largest, as bool [n]: exactly that many, the lower index first among ties."""
+    """Which `count` of the `scores` [n] are largest: bool [n], exactly that many, the lower index first among ties."""
     kept = torch.zeros_like(scores, dtype=torch.bool)
     kept[scores.sort(descending=True, stable=True).indices[:count]] = True
     return kept
@@ -106,7 +107,7 @@ def update_gram(C, h, keep, lambda_sim):
 def similarity_to_others(C):
     """U_j = (1 / k) sum over i != j of |C_ij| / sqrt(C_ii C_jj), for the k neurons of a Gram matrix C [k, k]. [k]
 
-    The released code's absolute value, not the paper's signed eq. 4: an opposite neuron is as redundant as an equal one.
+    The released code's absolute value, not the signed eq. 4: an opposite neuron is as redundant as an equal one.
     A neuron that is always 0 is like nothing: U = 0.
     """
     norm = C.diagonal()
@@ -120,7 +121,8 @@ def similarity_to_others(C):
 class Pruner:
     """Keeps the scores of all neurons, chooses the kept ones at every step and gives the scores their gradient.
 
-    One step of fine-pruning is: `select(step)`, forward, `observe()`, backward, `score_gradient(step)`, optimizer step.
+    One step of fine-pruning is: `select(step)`, forward, `observe()`, backward, `score_gradient(step)`, clipping of the
+    weights' gradients alone, optimizer step.
     `scope` and `lambda_gum` are None for the method's own: Top_v over the whole network ("global") and uniqueness for
     `gum`, Top_v in each layer ("layer") and none for the others.
     """
@@ -145,7 +147,7 @@ class Pruner:
 
     @torch.no_grad()
     def select(self, step):
-        """Choose the neurons kept at `step` and have the MLPs skip the others. Returns the widths, neurons per layer."""
+        """Choose the neurons kept at `step` and have the MLPs skip the others. Returns how many each layer keeps."""
         v_t = leftover_at(step, self.steps, self.leftover)
         if self.method == "magnitude":
             self.scores.data = torch.cat([magnitude(mlp) for mlp in self.mlps])

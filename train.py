@@ -1,8 +1,8 @@
 """Fine-prune a GPT from one command: `python train.py --method gum --dataset wikitext --model gpt2 --leftover 0.25`.
 
-In order: the flags and their defaults, a run's folder and checkpoint, the training loop, a whole run, the closing table.
-Nothing here depends on a random state that would have to be saved: the order of the data is a function of the seed and the
-step. So an interrupted run goes on bit for bit as if it had not been interrupted.
+In order: the flags and their defaults, a run's folder, the training loop, a whole run, the closing table. Nothing here
+depends on a random state that would have to be saved: the order of the data is a function of the seed and the step. So
+an interrupted run goes on bit for bit as if it had not been interrupted.
 """
 
 import argparse
@@ -29,12 +29,13 @@ from prune import LEARNED, METHODS, Pruner, distillation_loss, leftover_at, lr_f
 
 TINY = dict(vocab_size=257, n_positions=256, n_embd=128, n_layer=4, n_head=4)  # a byte-level GPT-2
 
-# The paper's settings (Appendix F); what it does not give is its released code's. `tiny`, trained from scratch, has some of
-# its own. Settings that depend on others are in `resolve`.
+# The paper's settings (Appendix F); what it does not give is its released code's. `tiny`, trained from scratch, has
+# some of its own. Settings that depend on others are in `resolve`.
 DEFAULTS = dict(
-    method="gum", dataset="stdlib", model="tiny", leftover=0.25, seed=0, epochs=5.0, batch_size=8, accumulate=1, lr=5e-4,
-    eps=1e-4, weight_decay=0.1, label_smoothing=0.0, mask_lr=1e-2, lambda_mvp=2.0, lambda_sim=0.99, tau=0.1, alpha_ce=0.5,
-    alpha_kd=0.5, temperature=2.0, device="cuda" if torch.cuda.is_available() else "cpu", checkpoint_every=500, log_every=10)
+    method="gum", dataset="stdlib", model="tiny", leftover=0.25, seed=0, epochs=5.0, batch_size=8, accumulate=1,
+    lr=5e-4, eps=1e-4, weight_decay=0.1, label_smoothing=0.0, mask_lr=1e-2, lambda_mvp=2.0, lambda_sim=0.99, tau=0.1,
+    alpha_ce=0.5, alpha_kd=0.5, temperature=2.0, device="cuda" if torch.cuda.is_available() else "cpu",
+    checkpoint_every=500, log_every=10)
 FOR_TINY = dict(steps=1600, lr=4e-3, eps=1e-8, checkpoint_every=200, log_every=20)
 BLOCK_SIZE = dict(stdlib=128, toysql=256, wikisql=512, e2e=512, wikitext=1024, samsum=1024)  # tokens
 
@@ -48,10 +49,10 @@ FLAGS = {
     "what to run": dict(
         method=(METHODS, "how neurons are chosen: " + "; ".join(f"{name}, {text}" for name, text in METHODS.items())),
         dataset=(data.DATASETS, "what to train on"),
-        model=(str, "a Hub name (gpt2, EleutherAI/gpt-neo-125m), a folder in Hugging Face's format, a finished run's folder, "
-                    "or tiny, a small byte-level GPT-2 that is first trained dense"),
+        model=(str, "a Hub name (gpt2, EleutherAI/gpt-neo-125m), a folder in Hugging Face's format, a finished run's "
+                    "folder, or tiny, a small byte-level GPT-2 that is first trained dense"),
         leftover=(float, "v, the fraction of MLP neurons left at the end"),
-        scope=(("layer", "global"), "keep the best of each layer or of the network (default: global for gum, else layer)"),
+        scope=(("layer", "global"), "the best of each layer or of the network (default: global for gum, else layer)"),
         seed=(int, "of the initialisation, the data's order and random scores"),
         out=(str, "the run's folder (default: out/NAME, named from the settings)"),
         resume=(None, "go on with the interrupted run of this very command")),
@@ -89,8 +90,8 @@ FLAGS = {
 }
 # What a number must be: its flags, whether a value is right, and how to say so.
 RANGES = [
-    ("steps epochs batch_size accumulate block_size lr eps mask_lr temperature tau checkpoint_every log_every eval_every",
-     lambda x: 0 < x < math.inf, "above 0"),
+    ("steps epochs batch_size accumulate block_size lr eps mask_lr temperature tau checkpoint_every log_every "
+     "eval_every", lambda x: 0 < x < math.inf, "above 0"),
     ("weight_decay lambda_mvp lambda_gum alpha_ce alpha_kd", lambda x: 0 <= x < math.inf, "at least 0"),
     ("leftover lambda_sim", lambda x: 0 < x <= 1, "in (0, 1]"),
     ("label_smoothing", lambda x: 0 <= x < 1, "in [0, 1)")]
@@ -112,14 +113,15 @@ def flag_of(name):
 
 
 def parse(argv=None):
-    """The flags as given, None where they are not. Ends the program if one makes no sense by itself or with the others."""
+    """The flags as given, None where they are not. Ends the program if one makes no sense, alone or with others."""
     parser = Parser(description="Fine-prune the MLP neurons of GPT-2 and GPT-Neo.", allow_abbrev=False)
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
         for name, (kind, text) in flags.items():
-            defaults = [f"{where}{values[name]}" for where, values in (("", DEFAULTS), ("tiny: ", FOR_TINY)) if name in values]
+            tables = (("", DEFAULTS), ("tiny: ", FOR_TINY))
+            defaults = [f"{where}{values[name]}" for where, values in tables if name in values]
             text += f" (default: {'; '.join(defaults)})" if defaults else ""
-            how = dict(action="store_true") if kind is None else dict(type=kind) if callable(kind) else dict(choices=list(kind))
+            how = dict(type=kind) if callable(kind) else dict(choices=list(kind)) if kind else dict(action="store_true")
             group.add_argument(flag_of(name), help=text, **how)
     args = parser.parse_args(argv)
     for names, allowed, text in RANGES:
@@ -130,12 +132,12 @@ def parse(argv=None):
     pruning = [name for name in PRUNING if name in given and (name, args.leftover) != ("leftover", 1.0)]
     distilling = [name for name in DISTILLING if name in given]
     for wrong, message in (
-        (method == "none" and pruning, f"{flag_of(*pruning[:1] or [''])} means nothing with --method none, which keeps all"),
+        (method == "none" and pruning, f"{flag_of(*pruning[:1] or [''])} means nothing with --method none: all stay"),
         (method == "soft" and args.scope, "--scope means nothing with --method soft: one threshold serves every layer"),
-        (method not in LEARNED and args.lambda_gum, f"--lambda-gum means nothing with --method {method}: it learns no scores"),
+        (method not in LEARNED and args.lambda_gum, f"--lambda-gum goes with learned scores, not --method {method}"),
         (not args.distill and distilling, f"{flag_of(*distilling[:1] or [''])} goes with --distill"),
         (args.distill and args.label_smoothing, "--label-smoothing is 0 when distilling: leave it out"),
-        (args.device and not re.fullmatch(r"cpu|cuda(:\d+)?", args.device), f"--device {args.device}: it is cuda or cpu"),
+        (not re.fullmatch(r"cpu|cuda(:\d+)?", args.device or "cpu"), f"--device {args.device}: it is cuda or cpu"),
         (args.device and args.device != "cpu" and not torch.cuda.is_available(),
          f"--device {args.device}: this machine, or this build of torch, has no CUDA; use --device cpu")):
         if wrong:
@@ -172,16 +174,16 @@ def resolve(flags):
     if args.out is None:
         parts = [args.method, args.dataset, Path(args.model).name]
         parts += [f"{args.leftover:g}"] * (args.method != "none") + ["distill"] * args.distill
-        unsaid = ("method", "dataset", "model", "leftover", "distill", "seed", "data_path", "device", "dtype", "log_every",
-                  "eval_every")
+        unsaid = ("method", "dataset", "model", "leftover", "distill", "seed", "data_path", "device", "dtype",
+                  "log_every", "eval_every")
         parts += [f"{flag_of(name)[2:]}={Path(value).name if name == 'teacher' else value}"
                   for name, value in given.items() if name not in unsaid and value != defaults.get(name)]
         args.out = str(Path("out") / "-".join([*parts, f"seed{args.seed}"]))
     return args
 
 
-# A run's folder ends with config.json, model.safetensors, log.jsonl, and metrics.json, which is written last and so says that
-# the run is finished. Until then it holds settings.json, from the start, and checkpoint.pt.
+# A run's folder ends with config.json, model.safetensors, log.jsonl, and metrics.json, which is written last and so
+# says that the run is finished. Until then it holds settings.json, from the start, and checkpoint.pt.
 
 
 def settings_of(args):
@@ -196,7 +198,7 @@ def write_whole(path, text):
 
 
 def check_folder(args):
-    """Whether the run in args.out is "new", "interrupted" or "finished". Raises ValueError if it can't go on from there."""
+    """Whether the run in args.out is "new", "interrupted" or "finished". Raises ValueError if it can't go on there."""
     out = Path(args.out)
     state = next((file for file in ("metrics.json", "settings.json") if (out / file).is_file()), None)
     if not args.resume:
@@ -227,7 +229,8 @@ def dense_run(args, flags):
     If the folder that those flags name is no finished run, any finished one of that data, model and seed beside it or
     beside args.out serves as well (but for `tiny`, whose dense run can be made on the spot).
     """
-    dense = SimpleNamespace(**vars(flags) | dict.fromkeys(PRUNING + DISTILLING + ("out",)) | dict(method="none", distill=False))
+    without = dict.fromkeys(PRUNING + DISTILLING + ("out",)) | dict(method="none", distill=False)
+    dense = SimpleNamespace(**vars(flags) | without)
     folder = Path(resolve(dense).out)
     if args.model != "tiny" and not (folder / "metrics.json").exists():
         for path in sorted({*folder.parent.glob("*/metrics.json"), *Path(args.out).parent.glob("*/metrics.json")}):
@@ -253,8 +256,9 @@ def batch_indices(step, n, batch_size, seed):
 
 
 def make_optimizer(model, pruner, args):
-    """AdamW over three groups: weights, what is not decayed (biases and norms), and the scores at a rate of their own."""
-    groups = [dict(params=[p for p in model.parameters() if p.dim() >= 2], weight_decay=args.weight_decay, peak=args.lr),
+    """AdamW over three groups: weights, what is not decayed (biases and norms), and scores at a rate of their own."""
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    groups = [dict(params=decayed, weight_decay=args.weight_decay, peak=args.lr),
               dict(params=[p for p in model.parameters() if p.dim() < 2], weight_decay=0.0, peak=args.lr)]
     if pruner.scores.requires_grad:
         groups.append(dict(params=[pruner.scores], weight_decay=0.0, peak=args.mask_lr, eps=1e-4))
@@ -268,11 +272,11 @@ def lines_up_to(log, step):
 
 
 def train(args, steps, model, teacher, train_data, val_data, resumed, stop):
-    """The loop: fine-tune `model` for `steps`, pruning as the schedule says. Returns its sums, seconds and tokens among them.
+    """The loop: fine-tune `model` for `steps`, pruning as the schedule says. Returns its sums: seconds, tokens.
 
-    On return the model skips the neurons that were pruned. `resumed` is a checkpoint to go on from, or None. Once something
-    is put into the list `stop`, the loop ends between two steps: it saves a checkpoint and raises KeyboardInterrupt. Raises
-    FloatingPointError when the loss is no longer a number.
+    On return the model skips the neurons that were pruned. `resumed` is a checkpoint to go on from, or None. Once
+    something is put into the list `stop`, the loop ends between two steps: it saves a checkpoint and raises
+    KeyboardInterrupt. Raises FloatingPointError when the loss is no longer a number.
     """
     device, autocast = torch.device(args.device), autocast_of(args)
     checkpoint, log = Path(args.out) / "checkpoint.pt", Path(args.out) / "log.jsonl"
@@ -331,8 +335,8 @@ def train(args, steps, model, teacher, train_data, val_data, resumed, stop):
             if not (sums["loss"] + sums["norm"]) < float("inf"):
                 bar.close()
                 kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
-                raise FloatingPointError(f"the loss is no longer a finite number at step {step}; {kept}; try a lower --lr "
-                                         f"than {args.lr:g}")
+                raise FloatingPointError(f"the loss is no longer a finite number at step {step}; {kept}; try a lower "
+                                         f"--lr than {args.lr:g}")
             if logs:
                 n = sums["since"]
                 record = dict(step=step, loss=sums["loss"] / n, grad_norm=sums["norm"] / n,
@@ -389,8 +393,9 @@ def run(flags):
     dense, dense_flags = dense_run(args, flags)
     has_dense, tiny = (dense / "metrics.json").exists(), args.model == "tiny"
     if args.distill and not (args.teacher or has_dense or tiny):
+        told = ("data_path", "data_config", "block_size", "steps", "epochs", "lr")
         extra = "".join(f" {flag_of(name)} {shlex.quote(str(value))}" for name, value in vars(dense_flags).items()
-                        if name in ("data_path", "data_config", "block_size", "steps", "epochs", "lr") and value is not None)
+                        if name in told and value is not None)
         raise ValueError(f"--distill found no teacher: name one with --teacher, or make it first with: python train.py "
                          f"--method none --dataset {args.dataset} --model {args.model} --seed {args.seed}{extra}")
 
@@ -401,8 +406,9 @@ def run(flags):
     block_size = args.block_size or min(BLOCK_SIZE[args.dataset], config.n_positions)
     if block_size > config.n_positions:
         raise ValueError(f"--block-size {block_size} is longer than the model's context of {config.n_positions} tokens")
-    train_data, val_data = (data.load(args.dataset, split, config.vocab_size, block_size, args.data_path, args.data_config)
-                            for split in ("train", "validation"))
+    train_data, val_data = (
+        data.load(args.dataset, split, config.vocab_size, block_size, args.data_path, args.data_config)
+        for split in ("train", "validation"))
     teacher = load_model(args.teacher, args) if args.teacher else None
     steps = args.steps or max(1, round(args.epochs * len(train_data) / args.batch_size))
     resumed = None
@@ -430,12 +436,12 @@ def run(flags):
         teacher.requires_grad_(False).eval()
 
     stop = []  # filled by Ctrl-C and SIGTERM
-    handlers = {number: signal.signal(number, lambda *_: stop.append(True)) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {n: signal.signal(n, lambda *_: stop.append(True)) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         sums = train(args, steps, model, teacher, train_data, val_data, resumed, stop)
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for n, handler in handlers.items():
+            signal.signal(n, handler)
     model.eval()
     shrink(model).save_pretrained(out)
     del teacher
@@ -480,9 +486,10 @@ def report(metrics, folder):
                              ("validation perplexity", "val_perplexity", ".3f"),
                              ("tokens/s (prefill)", "prefill_tokens_per_second", ",.0f")):
         print(f"{title:24}{start[key]:>14{form}}{result[key]:>14{form}}{result[key] / start[key]:>8.2f}x")
-    print(f"neurons left: {metrics['leftover']:.2%} of {sum(start['widths']):,} ({metrics['leftover_wanted']:.2%} wanted)")
+    wanted, total = metrics["leftover_wanted"], sum(start["widths"])
+    print(f"neurons left: {metrics['leftover']:.2%} of {total:,} ({wanted:.2%} wanted)")
     print(f"neurons per layer: {' '.join(map(str, start['widths']))} -> {' '.join(map(str, result['widths']))}")
-    print(f"trained {metrics['steps']} steps in {metrics['seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s")
+    print(f"{metrics['steps']} steps in {metrics['seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s")
     for name, model in ((f"{'start' if method == 'none' else 'dense'}", start), (method, result)):
         print(f"\n--- {name} writes:\n{model['sample']}")
     print(f"\nthe model, its log and metrics are in {folder}")
@@ -496,7 +503,7 @@ def main():
         fail(error)
     except KeyboardInterrupt as stopped:
         again = shlex.join(["python", *sys.argv, *["--resume"] * (not flags.resume)])
-        print(f"\n{stopped}; go on with: {again}" if str(stopped) else "\nstopped before training began", file=sys.stderr)
+        print(f"\n{stopped}; go on with: {again}" if str(stopped) else "\nstopped", file=sys.stderr)
         sys.exit(130)
 
 

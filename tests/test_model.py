@@ -123,7 +123,9 @@ def test_settings_that_change_the_function_are_read(tmp_path, hf):
 def real_gpt2(tmp_path_factory):
     torch.manual_seed(0)
     hf = GPT2LMHeadModel(GPT2Config()).eval()
-    return hf, saved(hf, tmp_path_factory.mktemp("gpt2"))
+    folder = saved(hf, tmp_path_factory.mktemp("gpt2"))
+    yield hf, folder
+    shutil.rmtree(folder)  # pytest keeps its folders; half a gigabyte is not worth keeping
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +133,9 @@ def real_neo(tmp_path_factory):
     torch.manual_seed(0)
     config = GPTNeoConfig(hidden_size=768, num_layers=12, num_heads=12, attention_types=[[["global", "local"], 6]])
     hf = GPTNeoForCausalLM(config).eval()
-    return hf, saved(hf, tmp_path_factory.mktemp("neo"))
+    folder = saved(hf, tmp_path_factory.mktemp("neo"))
+    yield hf, folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture
@@ -522,7 +526,7 @@ def test_reading_a_124m_model_peaks_below_one_and_a_half_times_its_size(real_gpt
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert 0.9 < float(run.stdout) < 1.5
     if folder == tmp_path:
-        (tmp_path / "pytorch_model.bin").unlink()  # pytest keeps its folders; half a gigabyte is not worth keeping
+        (tmp_path / "pytorch_model.bin").unlink()
 
 
 # Writing.

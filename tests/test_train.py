@@ -377,7 +377,7 @@ def assert_fails(capsys, flags, *says):
     (["--lr", "inf"], ["--lr", "above 0"]),
     (["--lambda-sim", "2"], ["--lambda-sim", "(0, 1]"]),
     (["--methd", "gum"], ["--methd"]),
-    (["--method", "none", "--leftover", "0.5"], ["--leftover", "keeps all"]),
+    (["--method", "none", "--leftover", "0.5"], ["--leftover", "all stay"]),
     (["--method", "soft", "--scope", "global"], ["--scope"]),
     (["--method", "random", "--lambda-gum", "1"], ["--lambda-gum"]),
     (["--teacher", "small"], ["--teacher", "--distill"]),
