@@ -300,27 +300,27 @@ def wikisql_release(folder, split):
 
 
 def toysql(split, train=20_000, validation=1_000):
-    """A made-up WikiSQL for small models: (prompt, target) texts, the same ones always, at most 120 bytes together.
+    """A made-up WikiSQL for small models: (prompt, target) texts, the same ones always, at most 128 bytes together.
 
-        cityKB | goalFA | teamXO
+        cityK | goalF | teamX
         how many team with goal over 312?
-        SELECT COUNT teamXO FROM table WHERE goalFA > 312
+        SELECT COUNT teamX FROM table WHERE goalF > 312
 
-    The question lacks the capitals of a column's name, which are drawn anew for every schema: they are in the header.
+    The question lacks the last letter of a column's name, which is drawn anew for every schema: it is in the header.
     So there is no answering without looking columns up in the header and copying values from the question.
     """
     rng = random.Random(2023)
-    # No two begin or end alike: the byte before the capitals tells which column it is. And what is to be copied is some
-    # random bytes long, so that each byte helps with the next: from both, a small model learns all this in minutes.
-    nouns = "area band city desk fish goal hero jobs loan mile rent song team view wolf year".split()
+    # A table has a column of each of these kinds, in this order. No two nouns end alike, so the byte before the capital
+    # tells the kind, hence the place in the header: a small model learns to look it up in minutes.
+    kinds = ["area band city desk fish".split(), "goal hero jobs loan mile".split(), "rent song team view wolf".split()]
     capitals, consonants, vowels = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "bdfgklmnprstvz", "aeiou"
     asking = [["which", "what"], ["highest", "largest"], ["lowest", "smallest"], ["how many", "count the"],
               ["total", "sum of"], ["average", "mean"]]              # for each aggregate of `to_sql`
     compare = [["is", "of"], ["over", "above"], ["under", "below"]]  # for each operator
     pairs = {}  # prompt -> target: no prompt twice, so train and validation share none
     while len(pairs) < train + validation:
-        table = rng.sample(nouns, rng.choice([3, 4]))
-        header = [noun + rng.choice(capitals) + rng.choice(capitals) for noun in table]
+        table = [rng.choice(kind) for kind in kinds]
+        header = [noun + rng.choice(capitals) for noun in table]
         select, column = rng.sample(range(len(table)), 2)
         aggregate, operator = rng.randrange(6), rng.choice([0, 0, 1, 2])
         value = rng.randrange(100, 1000) if operator else "".join(map(rng.choice, [consonants, vowels] * 2))
@@ -337,7 +337,7 @@ def read(dataset, split, path, config, columns):
     import huggingface_hub
     for library in datasets, huggingface_hub.utils:
         library.disable_progress_bars()
-        library.logging.set_verbosity_error()
+        library.logging.set_verbosity(library.logging.CRITICAL)
     source = str(Path(path).resolve()) if path else DATASETS[dataset]["hub"]
     if not path:
         print(f"reading {source} from the Hub", file=sys.stderr)  # which may take its time, also to give up
@@ -348,16 +348,14 @@ def read(dataset, split, path, config, columns):
         revision = None if path else DATASETS[dataset]["revision"]
         rows = datasets.load_dataset(source, config, split=split, revision=revision)
     except Exception as error:  # the library's, the network's or a parser's: there is no list of them
-        reason = " ".join(str(error).split())
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
         if path or isinstance(error, ValueError):
-            raise ValueError(f"cannot read the {split} split of {source}: {reason} (--data-config, "
-                             f"now {config or 'not given'}, chooses the configuration)") from error
-        raise ConnectionError(f"{source} is out of reach: {reason}. Pass --data-path DIR with a local copy of it, "
+            raise ValueError(f"cannot read the {split} split of {source}: {reason} (is a file empty or damaged? "
+                             f"If not, choose another --data-config, now {config or 'not given'})") from error
+        raise ConnectionError(f"{source} is out of reach ({reason}): pass --data-path DIR with a local copy of it, "
                               "or --dataset stdlib or toysql, which need no download") from error
     found, rows = rows.column_names, rows.flatten()
     missing = [column for column in columns if column not in rows.column_names]
     if missing:
         raise ValueError(f"{source} is not {dataset}: its columns are {', '.join(found)}; {', '.join(missing)} missing")
-    if not len(rows):
-        raise ValueError(f"the {split} split of {source} is empty: choose another --data-path or --data-config")
     return rows

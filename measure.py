@@ -31,9 +31,9 @@ from model import GPT
 from prune import METHODS
 
 MEASURES = {  # a value in measure.json: its name in tables and figures
-    "loss": "validation loss (nats per token)", "perplexity": "perplexity", "exact_match": "exact match", "bleu": "BLEU",
+    "loss": "validation loss (nats/token)", "perplexity": "perplexity", "exact_match": "exact match", "bleu": "BLEU",
     "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "sensitivity": "sensitivity (nats)",
-    "uniqueness": "uniqueness", "span_uniqueness": "span uniqueness", "leftover": "leftover"}
+    "uniqueness": "uniqueness (share)", "span_uniqueness": "span uniqueness (share)", "leftover": "leftover (share)"}
 DRAWN = {  # method: its name, marker and colour (from Okabe and Ito's palette, which the colour-blind can tell apart)
     "none": ("Dense", "s", "#000000"), "magnitude": ("Magnitude", "^", "#E69F00"), "random": ("Random", "v", "#56B4E9"),
     "topv": ("Top_v", "D", "#009E73"), "soft": ("Soft movement", "P", "#CC79A7"), "gum": ("GUM", "o", "#D55E00")}
@@ -41,7 +41,7 @@ load = cache(lambda *args: data.load(*args))  # runs share their data
 
 
 def batches(examples, tokens=8192, first=None):
-    """Batches of a split, or of its `first` sequences: neighbours in length, at most `tokens` tokens (or one sequence)."""
+    """Batches of a split, or its `first` sequences: neighbours in length, at most `tokens` tokens (or one sequence)."""
     order, rows = [i for i in examples.by_length() if not first or i < first], max(1, tokens // examples.block_size)
     for start in range(0, len(order), rows):
         yield examples.batch(order[start : start + rows])
@@ -49,7 +49,7 @@ def batches(examples, tokens=8192, first=None):
 
 @torch.no_grad()
 def mean_loss(model, examples, autocast, most=None):
-    """The mean loss in nats per token that counts, over a split or its first `most` batches. exp() is the perplexity."""
+    """Mean loss in nats per token that counts, over a split or its first `most` batches. exp() is the perplexity."""
     model.eval()
     device = model.wte.weight.device
     total, count = 0.0, 0
@@ -91,22 +91,22 @@ def exact_matches(model, examples, tokens=4096):
 
 
 def write_texts(model, examples, prompts=0, beams=1):
-    """What the model writes to the first `prompts` distinct prompts (0: all), a line each, and each one's references.
+    """What the model writes, a line each, to the first `prompts` distinct prompts (0: all), and the references of each.
 
-    Greedily, or by beam search as usual for E2E; at most as much as the split's longest target.
+    Greedily, or by beam search as is usual for E2E; at most as long as the split's longest target.
     """
     tokenizer, longest = data.tokenizer(model.config.vocab_size), max(map(len, examples.targets))
     chosen, rows, written = examples.distinct()[: prompts or None], max(1, 64 // beams), {}
     order = sorted(chosen, key=lambda i: len(examples.prompts[i]))
     for some in (order[start : start + rows] for start in range(0, len(order), rows)):
-        new = model.generate([examples.prompts[i] for i in some], longest, temperature=0, beams=beams, eot=tokenizer.eot,
-                             length_penalty=0.9, no_repeat_ngram=4 if beams > 1 else 0)
+        new = model.generate([examples.prompts[i] for i in some], longest, temperature=0, beams=beams,
+                             length_penalty=0.9, no_repeat_ngram=4 if beams > 1 else 0, eot=tokenizer.eot)
         written |= {i: " ".join(tokenizer.decode(ids).split()) for i, ids in zip(some, new)}
     return [written[i] for i in chosen], [[" ".join(text.split()) for text in examples.references[i]] for i in chosen]
 
 
 def text_scores(written, references):
-    """BLEU of the corpus (sacrebleu, 0 to 100) and mean ROUGE-1, -2, -L (rouge-score, F-measure, the best reference)."""
+    """BLEU of the corpus (sacrebleu, 0 to 100) and mean ROUGE-1, -2, -L (rouge-score: F-measure, best reference)."""
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu import corpus_bleu
 
@@ -114,27 +114,27 @@ def text_scores(written, references):
     scores = [scorer.score_multi(texts, text) for text, texts in zip(written, references)]
     values = {name: statistics.fmean(score[name].fmeasure for score in scores) for name in scorer.rouge_types}
     # sacrebleu wants all first references, then all second ones, ...; None where a text has no more.
-    return values | dict(bleu=corpus_bleu(written, list(zip_longest(*references))).score)
+    return values | {"bleu": corpus_bleu(written, list(zip_longest(*references))).score}
 
 
 def observe(model, examples, tokens=2048, first=None):
-    """Both kinds of redundancy (Definition 3.1, Appendix E) from one pass over a split, or its `first` sequences: S and Cs.
+    """Sensitivity, and C of each layer, from one pass over a split or its `first` sequences (Appendix E).
 
-    Sensitivity S = sum_l sum_i |h_i(X) . dL/dh_i(X)|, the mean over sequences X, in nats: the dot product is over one
-    sequence's tokens and L its own mean loss, so it does not matter which others share its batch. C = sum of h^T h over the
-    real tokens (Algorithm 1 without decay), [k, k] for each layer, in float64, so that no order of summing shows: 8 k^2
-    bytes, 0.9 GB for the layers of gpt2, 13 GB for those of GPT-Neo-1.3B.
+    Sensitivity = sum_l sum_i |h_i(X) . dL/dh_i(X)|, the mean over sequences X, in nats: the dot product is over X's
+    tokens and L is X's own mean loss, so it does not matter which other sequences share its batch.
+    C = sum over the real tokens of h^T h [k, k]: Algorithm 1 without decay. In float64, so that no order of summing
+    shows: 8 k^2 bytes, 0.9 GB for all layers of gpt2, 13 GB for GPT-Neo-1.3B's.
     """
     mlps, device, total, count = [block.mlp for block in model.h], model.wte.weight.device, 0.0, 0
     Cs = [torch.zeros(k, k, dtype=torch.float64, device=device) for k in model.config.mlp_widths]
-    for idx, targets, real in batches(examples, tokens, first):
-        idx, targets, real = idx.to(device), targets.to(device), real.to(device)
-        for mlp in mlps:
-            mlp.hold = True
-        features, held = model.features(idx), [mlp.held for mlp in mlps]  # [B, T, d], [B, T, k] each
+    for mlp in mlps:
+        mlp.hold = True
+    for batch in batches(examples, tokens, first):
+        idx, targets, real = (tensor.to(device) for tensor in batch)
+        features, held = model.features(idx), [mlp.held for mlp in mlps]  # [B, T, d], a list of [B, T, k]
         counts = targets != -100  # [B, T]
         losses = F.cross_entropy(F.linear(features[counts], model.wte.weight), targets[counts], reduction="none")
-        lengths = counts.sum(1, keepdim=True).expand_as(counts)[counts]  # of each token's sequence
+        lengths = counts.sum(1, keepdim=True).expand_as(counts)[counts]  # for each loss, how many its sequence has
         # Sequences do not see each other, so the gradient of the sum of their losses is for each one that of its own.
         for h, gradient, C in zip(held, torch.autograd.grad((losses / lengths).sum(), held), Cs):
             h = h.detach().double()
@@ -154,10 +154,10 @@ def similarity(C):
 
 
 def span_residuals(C, ridge=1e-6):
-    """How much of |h_i|^2 no linear combination of the layer's other neurons gives (Definition 3.1), in [0, 1]. [k]
+    """The share of |h_i|^2 that no linear combination of the layer's other neurons gives (Definition 3.1). [k]
 
-    1 / (C_ii (C^-1)_ii), where `ridge` times the mean of C's diagonal is added to it, lest C be singular: 0 if h_i is in
-    the others' span, 1 if it is orthogonal to them. It takes more tokens than neurons to mean anything.
+    1 / (C_ii (C^-1)_ii), with `ridge` times the mean of C's diagonal added to it, lest C be singular: 0 if h_i is in
+    the others' span, 1 if orthogonal to them. It takes more tokens than neurons to mean anything.
     """
     silent = C.diagonal() == 0  # h_i = 0 is in any span
     ridged = C + torch.diag_embed(ridge * C.diagonal().mean() + silent)  # anything above 0 does for a silent neuron
@@ -166,14 +166,14 @@ def span_residuals(C, ridge=1e-6):
 
 
 def redundancy(Cs, threshold=0.8, bins=10):
-    """From the layers' C: uniqueness and span uniqueness of the network (None if nothing is left), and `counts`.
+    """Uniqueness and span uniqueness of a network (None if nothing is left), and `counts`, from its layers' C.
 
-    Uniqueness = 1 - duplicates / neurons. A duplicate has |cos| >= 0.8 to a *later* neuron of its layer: each pair counts
-    once, so of k copies one is unique (Appendix E). Span uniqueness is the mean of `span_residuals`. `counts` has for each
-    layer the number of neurons in each of `bins` ranges of the largest |cos| to another neuron, from 0 to 1 (Figure 3).
+    Uniqueness = 1 - duplicates / neurons: a duplicate has |cos| >= 0.8 to a *later* neuron of its layer, so each pair
+    counts once and of k copies one is unique (Appendix E). Span uniqueness is the mean of `span_residuals`. `counts`:
+    each layer's neurons by the largest |cos| to another one, in `bins` ranges from 0 to 1 (Figure 3).
     """
     duplicates, shares, counts = 0, [], [[0] * bins for _ in Cs]
-    for layer, C in enumerate(Cs):  # one at a time: each step takes a few times the memory of C
+    for layer, C in enumerate(Cs):  # one at a time: each takes a few times the memory of C
         if len(C):
             cos = similarity(C)
             duplicates += int((cos.triu(1) >= threshold).any(1).sum())
@@ -188,7 +188,7 @@ def redundancy(Cs, threshold=0.8, bins=10):
 
 
 def read_run(folder):
-    """A run's path, its `metrics` with their `settings`, and its `measures`; {} for each that the folder does not hold."""
+    """A run's path, its `metrics` with their `settings`, and its `measures`; {} for each the folder does not hold."""
     path = Path(folder)
     if not path.is_dir():
         raise FileNotFoundError(f"no such run: {folder} is not a folder")
@@ -203,7 +203,7 @@ def read_run(folder):
 
 
 def dense_run(run, dense):
-    """The run in folder `dense`, or else the dense run of the same data, model and seed beside `run`; None without one."""
+    """The run in folder `dense`, or else the dense run of the same data, model and seed beside `run`, or None."""
     if dense or not run.metrics:
         return read_run(dense) if dense else None
     same = {name: run.settings[name] for name in ("dataset", "data_config", "model", "seed")} | {"method": "none"}
@@ -235,8 +235,8 @@ def measure(path, device, dataset, data_path, data_config, block_size, split, ex
 def evaluate(args):
     """Measure runs: write measure.json, and texts in the e2e-metrics format, into their folders; print the values."""
     for run in map(read_run, args.runs):
-        on = {name: run.settings.get(name) if value is None else value for name, value in vars(args).items()
-              if name not in ("command", "runs", "dense", "device")}
+        flags = "dataset data_path data_config block_size split examples generate beams outputs".split()
+        on = {flag: run.settings.get(flag) if vars(args)[flag] is None else vars(args)[flag] for flag in flags}
         on["block_size"] = on["block_size"] or run.metrics.get("block_size")
         if not on["dataset"]:
             raise ValueError(f"{run.path} does not say what it was trained on: add --dataset, and --block-size")
@@ -244,9 +244,10 @@ def evaluate(args):
         values, counts, widths, texts = measure(run.path.absolute(), args.device, **on)
         base, _, full, _ = measure(dense.path.absolute(), args.device, **on) if dense else ({}, (), (), ())
         full = run.metrics["start"]["widths"] if run.metrics else full
-        left = [k / max(m, 1) for k, m in zip(widths, full)] or None
-        ratios = {name: value / base[name] if value is not None and base.get(name) else None for name, value in values.items()}
+        ratios = {name: value / base[name] if value is not None and base.get(name) else None
+                  for name, value in values.items()}
         values = values | dict(leftover=sum(widths) / max(sum(full), 1) if full else None)
+        left = [k / max(m, 1) for k, m in zip(widths, full)] or None
         about = dict(on=on, dense=dense and dense.path.name, values=values, ratios=ratios, widths=widths,
                      leftover_per_layer=left, counts=counts)
         files = {"measure.json": json.dumps(about, indent=1, allow_nan=False) + "\n"}
@@ -264,21 +265,21 @@ def evaluate(args):
 
 
 def read_runs(folders, measured):
-    """The runs in the tables' order, by (data set, model). `.label`: the method, and how it differs from its like."""
+    """Runs by (data set, model), in the tables' order; `.label` is the method, and how one differs from its like."""
     runs, groups = [read_run(folder) for folder in dict.fromkeys(folders)], {}
     for run in runs:
         if not run.metrics or measured and not run.measures:
-            raise ValueError(f"{run.path} has no {'measure' if run.metrics else 'metrics'}.json: it takes a run of train.py, "
-                             f"and then python measure.py {run.path}")
+            raise ValueError(f"{run.path} has no {'measure' if run.metrics else 'metrics'}.json: it takes a run of "
+                             f"train.py, and then python measure.py {run.path}")
         known = dict(perplexity=run.metrics["result"]["val_perplexity"], leftover=run.metrics["leftover"])
         run.measures = run.measures or dict(values=known)
         run.kind = [run.settings[name] for name in ("dataset", "model", "distill", "method")]
     for run in sorted(runs, key=lambda run: (run.kind[2], list(METHODS).index(run.kind[3]))):
         alike = [other.settings for other in runs if other.kind == run.kind]
-        free = ("seed", "leftover", "teacher", "device", "dtype", "data_path")
-        run.label = ", ".join([DRAWN[run.kind[3]][0]] + [
+        free = ("seed", "leftover", "teacher", "device", "dtype", "data_path")  # the rest makes a row of its own
+        run.label = ", ".join([DRAWN[run.kind[3]][0], *(
             f"{name} {value}" for name, value in run.settings.items()
-            if name not in free and any(settings[name] != value for settings in alike)])
+            if name not in free and any(settings[name] != value for settings in alike))])
         groups.setdefault((run.kind[0], Path(run.kind[1]).name), []).append(run)
     return groups
 
@@ -290,7 +291,7 @@ def mean_std(values):
 
 
 def table(args):
-    """Print runs as the paper's tables: methods down, leftover across; mean ± sample standard deviation (seeds)."""
+    """Print runs as the paper's tables do: methods down, leftover across; mean ± sample standard deviation (seeds)."""
     for (dataset, model), runs in read_runs(args.runs, measured=False).items():
         asked = data.DATASETS[dataset]["metric"].replace("rouge", "rougeL")
         name = args.metric or (asked if all(asked in run.measures["values"] for run in runs) else "perplexity")
@@ -300,14 +301,14 @@ def table(args):
         for run in runs:
             row = rows.setdefault(run.label + ", distilled" * run.settings["distill"], {v: [] for v in leftovers})
             row[run.settings["leftover"]].append(run)
-        lines = [[f"{dataset}, {model}: {MEASURES[name]}", *(f"{v:.4g}" for v in leftovers)]]
+        lines = [[f"{dataset}, {model}: {MEASURES[name]}", *(f"{v:g}" for v in leftovers)]]
         for label, row in rows.items():
             lines.append([label])
             for v, some in row.items():
-                found, left = (mean_std(values) for values in ([run.measures["values"][name] for run in some],
-                                                               [run.metrics["leftover"] for run in some]))
-                text = f"{found[0]:.4g}" + f" ± {found[1]:.2g}" * (found[2] > 1) + f" ({found[2]})" if found else "-"
-                lines[-1].append(text + (f" at {left[0]:.3f}" if found and abs(left[0] - v) >= 0.01 else ""))
+                found = mean_std(run.measures["values"][name] for run in some)
+                left = found and statistics.fmean(run.metrics["leftover"] for run in some)  # not always what was wanted
+                lines[-1].append(f"{found[0]:.4g}" + f" ± {found[1]:.2g}" * (found[2] > 1) + f" ({found[2]})"
+                                 + f" at {left:.3f}" * (abs(left - v) >= 0.01) if found else "-")
         if args.format == "csv":
             csv.writer(sys.stdout).writerows(lines)
         elif args.format == "markdown":
@@ -331,16 +332,21 @@ def draw(path, panels, styles):
     columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
     rows, handles, peers = -(-len(panels) // columns), {}, {}
     figure = plt.figure(figsize=(9, 0.7 + 2.5 * rows), layout="constrained")
-    for place, ((title, x_label, y_label), curves) in enumerate(panels.items(), 1):
-        peer = peers.get((x_label, y_label))
-        ax = peers[x_label, y_label] = figure.add_subplot(rows, columns, place, title=title, sharex=peer, sharey=peer)
-        ax.set(xlabel=x_label, ylabel=y_label)
+    for place, ((title, *labels), curves) in enumerate(panels.items(), 1):
+        peer = peers.get(tuple(labels))
+        ax = peers[tuple(labels)] = figure.add_subplot(rows, columns, place, sharex=peer, sharey=peer)
+        ax.set(title=title, xlabel=labels[0], ylabel=labels[1])
+        ax.xaxis.get_major_locator().set_params(integer=labels[0] in ("layer", "step"))
         for label, points in curves.items():
             points = {x: found for x in sorted(points) if (found := mean_std(points[x].values()))}
             if points:
                 means, stds, _ = zip(*points.values())
-                many = dict(marker="", elinewidth=0.5, capsize=0) if len(points) > 12 else {}
-                handles[label] = ax.errorbar(list(points), means, stds, **dict(capsize=2, mfc="none") | styles[label] | many)
+                style = dict(capsize=2, mfc="none") | styles[label]
+                style |= dict(marker="", elinewidth=0.5, capsize=0) if len(points) > 12 else {}
+                handles[label] = ax.errorbar(list(points), means, stds if any(stds) else None, **style)
+    for labels, ax in peers.items():
+        if labels[1].startswith("share"):  # bars may reach beyond what a share can be
+            ax.set_ylim(0, min(1.03, ax.get_ylim()[1]))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6)
     path.parent.mkdir(parents=True, exist_ok=True)
     for suffix in ("png", "pdf"):
@@ -351,61 +357,63 @@ def draw(path, panels, styles):
 
 
 def figures(args):
-    """Draw the paper's figures 1, 2 (redundancy, ratio to dense), 5, 6 (raw), 3 (similarity), 4 (layers), and training."""
+    """Draw the paper's figures 1, 2 (redundancy by dense), 5, 6 (raw), 3 (similarity), 4 (layers), and training."""
     from matplotlib import colormaps
 
     for (dataset, model), runs in read_runs(args.runs, measured=True).items():
-        drawn, styles = {}, {"v_t": dict(color="#000000", ls=":", zorder=3)}
+        drawn, styles = {}, {"v_t": dict(color="#555555", ls=":", zorder=3)}
 
         def add(figure, title, x_label, y_label, curve, points):
             curves = drawn.setdefault(figure, {}).setdefault((title, x_label, y_label), {})
             for x, y in points:
                 curves.setdefault(curve, {}).setdefault(x, {})[run.path] = y
 
-        pruned = dict.fromkeys((run.settings["distill"], run.settings["leftover"]) for run in runs if run.kind[3] != "none")
         for run in runs:
-            _, marker, color = DRAWN[run.kind[3]]
-            label, full, measures, dense = run.label, run.metrics["start"]["widths"], run.measures, run.kind[3] == "none"
-            nth = sum(style["color"] == color for other, style in styles.items() if other not in (label, "v_t"))
-            styles[label] = styles.get(label, dict(color=color, marker=marker, ls=("-", "--", ":", "-.")[nth % 4]))
+            run.goal = run.settings["distill"], run.settings["leftover"]
+        goals = dict.fromkeys(run.goal for run in runs if run.kind[3] != "none")
+        for run in runs:
+            (_, marker, color), label, full = DRAWN[run.kind[3]], run.label, run.metrics["start"]["widths"]
+            ablation = sum(style["color"] == color for style in styles.values())
+            styles.setdefault(label, dict(color=color, marker=marker, ls=["-", "--", ":", "-."][ablation % 4]))
             log = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
-            for distill, v in pruned if dense else [(run.settings["distill"], run.settings["leftover"])]:
-                how, file = ("with" if distill else "without") + " distillation", f"-{v:g}" + "-distilled" * distill
-                for kind, of in (("ratios", ", ratio to dense"), ("values", "")):
-                    for name in ("sensitivity", "uniqueness", "span_uniqueness"):
-                        add(f"redundancy-{kind}", how, "leftover (share of neurons)", MEASURES[name] + of, label,
-                            [(run.settings["leftover"], measures[kind][name])])
-                for n, counts in enumerate(measures["counts"]):
-                    add("similarity" + file, f"layer {n + 1}", "largest |cos| to another neuron", "share of neurons", label,
-                        [((i + 0.5) / len(counts), count / max(sum(counts), 1)) for i, count in enumerate(counts)])
-                if not dense:
-                    add("layers", f"leftover {v:g}, {how}", "layer", "share of neurons left", label,
-                        enumerate(measures["leftover_per_layer"], 1))
-                    add("training" + file, "loss", "step", "training loss (nats per token)", label,
-                        [(line["step"], line["loss"]) for line in log])
-                    add("training" + file, "network", "step", "share of neurons left", "v_t",
-                        [(line["step"], line["v"]) for line in log])
-                    add("training" + file, "network", "step", "share of neurons left", label,
-                        [(line["step"], line["leftover"]) for line in log])
-                    for n, m in enumerate(full):
-                        styles[f"layer {n + 1}"] = dict(color=colormaps["viridis"](n / len(full)), lw=1)
-                        add("training" + file, label, "step", "share of neurons left", f"layer {n + 1}",
-                            [(line["step"], line["widths"][n] / max(m, 1)) for line in log])
+            for distill, v in [run.goal] if run.kind[3] != "none" else goals or [run.goal]:  # dense: in every panel
+                how, goal = ("with" if distill else "without") + " distillation", f"-{v:g}" + "-distilled" * distill
+                for name in ("sensitivity", "uniqueness", "span_uniqueness"):
+                    values, ratios = ([(run.goal[1], run.measures[kind][name])] for kind in ("values", "ratios"))
+                    by = MEASURES[name].split(" (")[0] + " (ratio to dense)"
+                    add("redundancy-values", how, "leftover (share of neurons)", MEASURES[name], label, values)
+                    add("redundancy-ratios", how, "leftover (share of neurons)", by, label, ratios)
+                for n, counts in enumerate(run.measures["counts"], 1):
+                    add("similarity" + goal, f"layer {n}", "largest |cos| to another neuron", "share of neurons", label,
+                        [((i + 0.5) / len(counts), k / max(sum(counts), 1)) for i, k in enumerate(counts)])
+                if run.kind[3] == "none":
+                    continue
+                add("layers", f"leftover {v:g}, {how}", "layer", "share of neurons left", label,
+                    enumerate(run.metrics["leftover_per_layer"], 1))
+                add("training" + goal, "all methods", "step", "training loss (nats/token)", label,
+                    [(line["step"], line["loss"]) for line in log])
+                for curve, key in (("v_t", "v"), (label, "leftover")):
+                    add("training" + goal, "all layers", "step", "share of neurons left", curve,
+                        [(line["step"], line[key]) for line in log])
+                for n, m in enumerate(full):
+                    styles[f"layer {n + 1}"] = dict(color=colormaps["viridis"](n / len(full)), lw=1)
+                    add("training" + goal, label, "step", "share of neurons left", f"layer {n + 1}",
+                        [(line["step"], line["widths"][n] / max(m, 1)) for line in log])
         for name, panels in drawn.items():
             draw(Path(args.out, f"{name}-{dataset}-{model}"), panels, styles)
 
 
 def sample(args):
     """Print what the dense and the pruned model write after a prompt, side by side, drawn with the same seed."""
-    run, columns = read_run(args.run), []
+    run, columns = read_run(args.runs[0]), []
     for title, one in (("dense", dense_run(run, args.dense)), ("pruned", run)):
         if one:
             model = GPT.from_pretrained(one.path).to(args.device)
             tokenizer, generator = data.tokenizer(model.config.vocab_size), torch.Generator(args.device).manual_seed(0)
             ids = tokenizer.encode(args.prompt)
             ids += model.generate([ids], args.tokens, 0.8, top_k=40, eot=tokenizer.eot, generator=generator)[0]
-            lines = f"{title}: {one.path}\n\n{tokenizer.decode(ids)}".splitlines()
-            columns.append([part for line in lines for part in textwrap.wrap(line, 56, replace_whitespace=False) or [""]])
+            lines = [f"{title}: {one.path}", "", *tokenizer.decode(ids).splitlines()]
+            columns.append([part for line in lines for part in textwrap.wrap(line, 56) or [""]])
     for parts in zip_longest(*columns, fillvalue=""):
         print(" | ".join(f"{part:56}" for part in parts).rstrip())
 
@@ -416,49 +424,33 @@ def fail(message):
     sys.exit(2)
 
 
-def parse(argv):
-    commands = {"evaluate": evaluate, "table": table, "figures": figures, "sample": sample}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parsers = parser.add_subparsers(dest="command", required=True)
-    for name, command in commands.items():
-        sub = parsers.add_parser(name, help=command.__doc__.splitlines()[0])
-        sub.error, flag = fail, sub.add_argument
-        sub.set_defaults(command=command)
-        if name == "sample":
-            flag("run", metavar="RUN", help="the folder of a finished run")
-            flag("--prompt", required=True, help="the text to continue")
-            flag("--tokens", type=int, default=120, help="how many to write at most (default: 120)")
-        else:
-            flag("runs", metavar="RUN", nargs="+", help="the folder of a finished run")
-        if name in ("evaluate", "sample"):
-            flag("--dense", help="the dense model's folder (default: the run of the same data, model and seed beside RUN)")
-            flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-        if name == "evaluate":
-            flag("--dataset", choices=data.DATASETS, help="what to measure on (default, as of the next three: the run's)")
-            flag("--data-path", help="a local folder with the data")
-            flag("--data-config", help="the data's configuration")
-            flag("--block-size", type=int, help="tokens per sequence (of a folder with only a model: its context)")
-            flag("--split", choices=("train", "validation"), default="train", help="for redundancy (default: train)")
-            flag("--examples", type=int, default=512, help="sequences of it, from the first; 0 = all (default: 512)")
-            flag("--generate", type=int, default=0, help="prompts to write texts for, if the data asks for texts (default: all)")
-            flag("--beams", type=int, default=1, help="beams to search with for texts (default: 1, greedy; usual for e2e: 10)")
-            flag("--outputs", action="store_true", help="write outputs.txt and references.txt, as e2e-metrics reads them")
-        elif name == "table":
-            flag("--metric", choices=MEASURES, help="what to show (default: what the data asks for)")
-            flag("--format", choices=("markdown", "csv", "latex"), default="markdown")
-        elif name == "figures":
-            flag("--out", default="figures", help="the folder to draw into")
-    args = parser.parse_args(argv if argv and argv[0] in (*commands, "-h", "--help") else ["evaluate", *argv])
-    for name in ("examples", "generate", "tokens", "block_size"):
-        if (vars(args).get(name) or 0) < 0:
-            fail(f"--{name.replace('_', '-')} {vars(args)[name]} is out of range: it must be at least 0")
-    return args
-
-
 def main():
-    args = parse(sys.argv[1:])
+    commands = {command.__name__: command for command in (evaluate, table, figures, sample)}
+    command, *words = sys.argv[1:] if sys.argv[1:2] and sys.argv[1] in commands else ["evaluate", *sys.argv[1:]]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error, flag = fail, parser.add_argument  # argparse would print the whole usage first
+    flag("runs", metavar="RUN", nargs="+", help="the folders of finished runs")
+    flag("--dense", help="the dense model's folder (default: the run of the same data, model and seed beside RUN)")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    flag("--dataset", choices=data.DATASETS, help="what to measure on (default, as of the next three: the run's)")
+    flag("--data-path", help="a local folder with the data")
+    flag("--data-config", help="the data's configuration")
+    flag("--block-size", type=int, help="tokens per sequence (of a folder with only a model: its context)")
+    flag("--split", choices=("train", "validation"), default="train", help="to measure redundancy on (default: train)")
+    flag("--examples", type=int, default=512, help="how many of its sequences, the first; 0 = all (default: 512)")
+    flag("--generate", type=int, default=0, help="how many prompts to write texts for, if need be (default: 0 = all)")
+    flag("--beams", type=int, default=1, help="for these texts (default: 1, greedy; usual for e2e: 10)")
+    flag("--outputs", action="store_true", help="write outputs.txt and references.txt as e2e-metrics reads them")
+    flag("--metric", choices=MEASURES, help="for table: what to show (default: what the data asks for)")
+    flag("--format", choices=("markdown", "csv", "latex"), default="markdown", help="for table (default: markdown)")
+    flag("--out", default="figures", help="for figures: the folder to draw into (default: figures)")
+    flag("--prompt", default="", help="for sample: the text to continue")
+    flag("--tokens", type=int, default=120, help="for sample: how many to write at most (default: 120)")
+    args = parser.parse_args(words)
+    if min(args.examples, args.generate, args.tokens, args.block_size or 1) < 0:
+        fail("--examples, --generate, --tokens and --block-size must not be negative")
     try:
-        args.command(args)
+        commands[command](args)
     except (ValueError, OSError) as error:
         fail(error)
 

@@ -36,8 +36,8 @@ DEFAULTS = dict(
     lr=5e-4, eps=1e-4, weight_decay=0.1, label_smoothing=0.0, mask_lr=1e-2, lambda_mvp=2.0, lambda_sim=0.99, tau=0.1,
     alpha_ce=0.5, alpha_kd=0.5, temperature=2.0, device="cuda" if torch.cuda.is_available() else "cpu",
     checkpoint_every=500, log_every=10)
-FOR_TINY = dict(steps=1600, lr=4e-3, eps=1e-8, checkpoint_every=200, log_every=20)
-BLOCK_SIZE = dict(stdlib=128, toysql=256, wikisql=512, e2e=512, wikitext=1024, samsum=1024)  # tokens
+FOR_TINY = dict(steps=1600, batch_size=16, lr=4e-3, eps=1e-8, checkpoint_every=200, log_every=20)
+BLOCK_SIZE = dict(stdlib=64, toysql=256, wikisql=512, e2e=512, wikitext=1024, samsum=1024)  # tokens
 
 # Settings that mean something only when pruning, or when distilling; and flags that do not change what comes out.
 PRUNING = ("leftover", "scope", "mask_lr", "lambda_mvp", "lambda_gum", "lambda_sim", "tau")
@@ -467,7 +467,7 @@ def compare(start, result, val_data, args):
     about = {}
     for name, model, speed in zip(("start", "result"), (start, result), speeds):
         loss = measure.mean_loss(model, val_data, autocast_of(args))
-        text = ids + model.generate([ids], 120, temperature=0.8, top_k=40, eot=tokenizer.eot,
+        text = ids + model.generate([ids], val_data.block_size - len(ids), temperature=0.8, top_k=40, eot=tokenizer.eot,
                                     generator=torch.Generator(args.device).manual_seed(0))[0]
         about[name] = dict(val_loss=loss, val_perplexity=math.exp(loss), widths=list(model.config.mlp_widths),
                            parameters=sum(p.numel() for p in model.parameters()), prefill_tokens_per_second=speed,
