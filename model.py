@@ -558,5 +558,5 @@ def download(name):
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(f"no model {name!r} on the Hub, or it is private") from error
     except Exception as error:  # whatever stands between us and the Hub, the way out is the same
-        raise ConnectionError(f"can't get {name!r} from the Hub ({type(error).__name__}); give a folder with it in "
-                              f"Hugging Face's format, or `--model tiny`, which needs no download") from error
+        raise ConnectionError(f"can't get {name!r} from the Hub ({type(error).__name__}); give a folder "
+                              f"with it in Hugging Face's format, --model FOLDER, or --model tiny, made on the spot") from error

@@ -326,9 +326,10 @@ def train(args, steps, model, teacher, train_data, val_data, resumed, stop):
 
         sums["tokens"] += batch[0].numel()
         sums["since"] += 1
-        last = step == steps
-        logs = step % args.log_every == 0 or last
-        saves = step % args.checkpoint_every == 0 or last or bool(stop)
+        last, stopping = step == steps, bool(stop)  # asked once: a signal may come at any moment
+        evaluates = step % eval_every == 0 and not last
+        logs = step % args.log_every == 0 or evaluates or last
+        saves = step % args.checkpoint_every == 0 or last or stopping
         if logs or saves:
             sums["loss"], sums["norm"] = float(sums["loss"]), float(sums["norm"])
             sums["seconds"] += time.perf_counter() - clock
@@ -342,7 +343,7 @@ def train(args, steps, model, teacher, train_data, val_data, resumed, stop):
                 record = dict(step=step, loss=sums["loss"] / n, grad_norm=sums["norm"] / n,
                               lr=optimizer.param_groups[0]["lr"], v=leftover_at(step, steps, args.leftover),
                               leftover=sum(widths) / sum(pruner.widths), widths=widths)
-                if step % eval_every == 0 and not last:
+                if evaluates:
                     record["val_loss"] = measure.mean_loss(model, val_data, autocast, most=16)
                     model.train()
                 record |= dict(seconds=sums["seconds"], tokens_per_second=sums["tokens"] / sums["seconds"])
@@ -358,7 +359,7 @@ def train(args, steps, model, teacher, train_data, val_data, resumed, stop):
                 saved = step
             clock = time.perf_counter()  # evaluating and saving are not training
         bar.update(step - bar.n)
-        if stop and not last:
+        if stopping and not last:
             bar.close()
             raise KeyboardInterrupt(f"stopped after step {step} of {steps}, which is saved in {checkpoint}")
     bar.close()

@@ -118,6 +118,12 @@ def test_the_log_has_a_line_every_interval_and_follows_the_schedule():
     assert [record["step"] for record in log if "val_loss" in record] == [4, 8, 12, 16]
 
 
+def test_an_evaluation_between_two_log_lines_gets_a_line_of_its_own():
+    run("--method", "none", "--eval-every", 3, "--out", "run", steps=8)
+    assert [(record["step"], "val_loss" in record) for record in log_of("run")] == \
+        [(2, False), (3, True), (4, False), (6, True), (8, False)]
+
+
 def test_training_lowers_the_loss():
     metrics = run("--method", "gum", "--leftover", 0.5, "--out", "run", steps=60)
     assert metrics["result"]["val_loss"] < metrics["start"]["val_loss"] - 1
