@@ -48,7 +48,6 @@ NOT_SETTINGS = ("out", "resume", "checkpoint_every")
 FLAGS = {
     "what to run": dict(
         method=(METHODS, "how neurons are chosen: " + "; ".join(f"{name}, {text}" for name, text in METHODS.items())),
-        dataset=(data.DATASETS, "what to train on"),
         model=(str, "a Hub name (gpt2, EleutherAI/gpt-neo-125m), a folder in Hugging Face's format, a finished run's "
                     "folder, or tiny, a small byte-level GPT-2 that is first trained dense"),
         leftover=(float, "v, the fraction of MLP neurons left at the end"),
@@ -57,6 +56,7 @@ FLAGS = {
         out=(str, "the run's folder (default: out/NAME, named from the settings)"),
         resume=(None, "go on with the interrupted run of this very command")),
     "data": dict(
+        dataset=(data.DATASETS, "what to train on"),
         data_path=(str, "a local folder with the data in the Hub's layout, instead of the Hub"),
         data_config=(str, "the data's configuration (default for wikitext: wikitext-103-v1)"),
         block_size=(int, f"tokens per sequence, at most the model's context (default: {str(BLOCK_SIZE)[1:-1]})")),
@@ -86,8 +86,7 @@ FLAGS = {
         dtype=(("float32", "bfloat16"), "of the matrix products (default: bfloat16 on a GPU that has it)"),
         checkpoint_every=(int, "steps between checkpoints"),
         log_every=(int, "steps between lines of log.jsonl"),
-        eval_every=(int, "steps between evaluations on part of the validation split (default: a fifth of all)")),
-}
+        eval_every=(int, "steps between evaluations on part of the validation split (default: a fifth of all)"))}
 # What a number must be: its flags, whether a value is right, and how to say so.
 RANGES = [
     ("steps epochs batch_size accumulate block_size lr eps mask_lr temperature tau checkpoint_every log_every "
@@ -95,11 +94,6 @@ RANGES = [
     ("weight_decay lambda_mvp lambda_gum alpha_ce alpha_kd", lambda x: 0 <= x < math.inf, "at least 0"),
     ("leftover lambda_sim", lambda x: 0 < x <= 1, "in (0, 1]"),
     ("label_smoothing", lambda x: 0 <= x < 1, "in [0, 1)")]
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # argparse would print the whole usage first
-        fail(f"{message}; see python train.py --help")
 
 
 def fail(message):
@@ -114,7 +108,8 @@ def flag_of(name):
 
 def parse(argv=None):
     """The flags as given, None where they are not. Ends the program if one makes no sense, alone or with others."""
-    parser = Parser(description="Fine-prune the MLP neurons of GPT-2 and GPT-Neo.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Fine-prune the MLP neurons of GPT-2 and GPT-Neo.", allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message}; see python train.py --help")  # argparse prints the usage first
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
         for name, (kind, text) in flags.items():
@@ -149,19 +144,15 @@ def resolve(flags):
     """The settings that `flags` (from `parse`) mean: their defaults filled in, the run's folder named."""
     args = SimpleNamespace(**vars(flags))
     given = {name: value for name, value in vars(flags).items() if value is not None and name not in NOT_SETTINGS}
-    defaults = DEFAULTS | (FOR_TINY if given.get("model", "tiny") == "tiny" else {})
-    if "steps" in given or "steps" in defaults and "epochs" not in given:
-        defaults.pop("epochs")
-    else:
-        defaults.pop("steps", None)
-        defaults["epochs"] = 3.0 if args.dataset == "samsum" else defaults["epochs"]
-    method = given.get("method", "gum")
+    method, model, dataset = ((DEFAULTS | given)[name] for name in ("method", "model", "dataset"))
+    defaults = DEFAULTS | (FOR_TINY if model == "tiny" else {})
+    if dataset == "samsum":
+        defaults |= dict(epochs=3.0) | (dict(mask_lr=1e-3) if (method, model) == ("gum", "gpt2") else {})
+    defaults.pop("epochs" if "steps" in given or "steps" in defaults and "epochs" not in given else "steps", None)
     defaults["scope"] = {"gum": "global", "soft": None}.get(method, "layer")
     defaults["lambda_gum"] = (100.0 if args.distill else 10.0) if method == "gum" else 0.0
     if method == "soft":
         defaults["mask_lr"] = 10.0
-    elif (method, args.model, args.dataset) == ("gum", "gpt2", "samsum"):
-        defaults["mask_lr"] = 1e-3
     if method == "none":
         defaults |= dict.fromkeys(PRUNING) | dict(leftover=1.0)
     if not args.distill:
@@ -174,8 +165,7 @@ def resolve(flags):
     if args.out is None:
         parts = [args.method, args.dataset, Path(args.model).name]
         parts += [f"{args.leftover:g}"] * (args.method != "none") + ["distill"] * args.distill
-        unsaid = ("method", "dataset", "model", "leftover", "distill", "seed", "data_path", "device", "dtype",
-                  "log_every", "eval_every")
+        unsaid = "method dataset model leftover distill seed data_path device dtype log_every eval_every".split()
         parts += [f"{flag_of(name)[2:]}={Path(value).name if name == 'teacher' else value}"
                   for name, value in given.items() if name not in unsaid and value != defaults.get(name)]
         args.out = str(Path("out") / "-".join([*parts, f"seed{args.seed}"]))
@@ -197,24 +187,28 @@ def write_whole(path, text):
     os.replace(temporary, path)
 
 
+def read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: remove {path.parent} and start over") from error
+
+
 def check_folder(args):
     """Whether the run in args.out is "new", "interrupted" or "finished". Raises ValueError if it can't go on there."""
     out = Path(args.out)
     state = next((file for file in ("metrics.json", "settings.json") if (out / file).is_file()), None)
+    if not args.resume and state == "metrics.json":
+        raise ValueError(f"{out} holds a finished run: name another folder with --out, or remove it")
+    if not args.resume and (out / "checkpoint.pt").exists():
+        raise ValueError(f"{out} holds an interrupted run: add --resume to its command to go on, or remove it")
+    if state is None and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} exists and is no run's folder: name another with --out")
     if not args.resume:
-        if state == "metrics.json":
-            raise ValueError(f"{out} holds a finished run: name another folder with --out, or remove it")
-        if (out / "checkpoint.pt").exists():
-            raise ValueError(f"{out} holds an interrupted run: add --resume to its command to go on, or remove it")
-        if state is None and out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            raise ValueError(f"{out} exists and is no run's folder: name another with --out")
         return "new"
     if state is None:
         raise ValueError(f"nothing to resume in {out}: run the same command without --resume")
-    try:
-        saved = json.loads((out / state).read_text())
-    except ValueError as error:
-        raise ValueError(f"{out / state} is damaged: remove {out} and start over") from error
+    saved = read_json(out / state)
     saved = saved.get("settings", saved)
     different = [f"{name} is {saved.get(name)} there and {value} here" for name, value in settings_of(args).items()
                  if saved.get(name) != value]
@@ -234,7 +228,7 @@ def dense_run(args, flags):
     folder = Path(resolve(dense).out)
     if args.model != "tiny" and not (folder / "metrics.json").exists():
         for path in sorted({*folder.parent.glob("*/metrics.json"), *Path(args.out).parent.glob("*/metrics.json")}):
-            saved = json.loads(path.read_text())["settings"]
+            saved = read_json(path)["settings"]
             same = ("dataset", "data_config", "model", "seed")
             if saved["method"] == "none" and not saved["distill"] and all(saved[n] == getattr(args, n) for n in same):
                 return path.parent, dense
@@ -390,7 +384,7 @@ def run(flags):
     args = resolve(flags)
     out, state = Path(args.out), check_folder(args)
     if state == "finished":
-        return json.loads((out / "metrics.json").read_text())
+        return read_json(out / "metrics.json")
     dense, dense_flags = dense_run(args, flags)
     has_dense, tiny = (dense / "metrics.json").exists(), args.model == "tiny"
     if args.distill and not (args.teacher or has_dense or tiny):
