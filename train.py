@@ -290,7 +290,7 @@ def train(args, steps, model, teacher, train_data, val_data, resumed, stop):
 
     bar = tqdm(total=steps, initial=done, desc=Path(args.out).name, unit="step", dynamic_ncols=True, mininterval=0.5)
     model.train()
-    clock, speed = time.perf_counter(), 0.0
+    clock = time.perf_counter()
     for step in range(done + 1, steps + 1):
         widths = pruner.select(step)
         for group in optimizer.param_groups:
@@ -300,6 +300,7 @@ def train(args, steps, model, teacher, train_data, val_data, resumed, stop):
         total = int((batch[1] != -100).sum())
         for idx, targets, real in zip(*(tensor.tensor_split(args.accumulate) for tensor in batch)):
             share = int((targets != -100).sum()) / total  # of the step's tokens that count
+            padded = not bool(real.all())
             idx, targets, real = (tensor.to(device, non_blocking=True) for tensor in (idx, targets, real))
             with autocast:
                 logits, loss = model(idx, targets, label_smoothing=args.label_smoothing)
@@ -308,7 +309,7 @@ def train(args, steps, model, teacher, train_data, val_data, resumed, stop):
                         teacher_logits, _ = teacher(idx)
                     kl = distillation_loss(logits, teacher_logits, targets, args.temperature)
                     loss = args.alpha_ce * loss + args.alpha_kd * kl
-            pruner.observe(real)
+            pruner.observe(real if padded else None)
             loss = loss * share
             loss.backward()
             sums["loss"] += loss.detach()
@@ -382,6 +383,8 @@ def run(flags):
     Raises ValueError or OSError for what the user got wrong, before anything is trained, and what `train` raises.
     """
     args = resolve(flags)
+    if args.accumulate > args.batch_size:
+        raise ValueError(f"--accumulate {args.accumulate} is more than the {args.batch_size} sequences of a batch")
     out, state = Path(args.out), check_folder(args)
     if state == "finished":
         return read_json(out / "metrics.json")

@@ -391,6 +391,7 @@ def assert_fails(capsys, flags, *says):
     (["--device", "tpu"], ["tpu", "cuda or cpu"]),
     (["--block-size", "257"], ["257", "256"]),
     (["--model", "small", "--block-size", "129"], ["129", "128"]),
+    (["--batch-size", "2", "--accumulate", "3"], ["--accumulate 3", "2"]),
     (["--resume"], ["nothing to resume", "without --resume"]),
     (["--model", "small", "--distill"], ["--teacher", "python train.py --method none --dataset stdlib --model small --seed 0"]),
     (["--model", "small", "--distill", "--teacher", "nowhere"], ["nowhere"]),
