@@ -337,7 +337,7 @@ def train(args, steps, model, teacher, train_data, val_data, resumed, stop):
                 n = sums["since"]
                 record = dict(step=step, loss=sums["loss"] / n, grad_norm=sums["norm"] / n,
                               lr=optimizer.param_groups[0]["lr"], v=leftover_at(step, steps, args.leftover),
-                              leftover=sum(widths) / sum(pruner.widths), widths=widths)
+                              leftover=sum(widths) / max(sum(pruner.widths), 1), widths=widths)
                 if evaluates:
                     record["val_loss"] = measure.mean_loss(model, val_data, autocast, most=16)
                     model.train()
@@ -407,7 +407,12 @@ def run(flags):
     train_data, val_data = (
         data.load(args.dataset, split, config.vocab_size, block_size, args.data_path, args.data_config)
         for split in ("train", "validation"))
-    teacher = load_model(args.teacher, args) if args.teacher else None
+    if args.method != "none" and not sum(config.mlp_widths):
+        raise ValueError(f"{args.model} has no MLP neurons left to prune")
+    teacher = load_model(args.teacher or dense, args) if args.teacher or args.distill and not tiny else None
+    if teacher and (teacher.config.vocab_size != config.vocab_size or teacher.config.n_positions < block_size):
+        raise ValueError(f"the teacher has a vocabulary of {teacher.config.vocab_size} and a context of "
+                         f"{teacher.config.n_positions} tokens; {config.vocab_size} and {block_size} are needed")
     steps = args.steps or max(1, round(args.epochs * len(train_data) / args.batch_size))
     resumed = None
     if state == "interrupted" and (out / "checkpoint.pt").exists():
@@ -422,16 +427,10 @@ def run(flags):
         print(f"first the dense model, in {dense}", file=sys.stderr)
         dense_flags.resume = (dense / "settings.json").exists()
         run(dense_flags)
-    if tiny:
-        model = load_model(source, args)
-    if args.distill and not args.teacher:
-        print(f"teacher: {dense}", file=sys.stderr)
-        teacher = load_model(dense, args)
-    if teacher is not None:
-        if teacher.config.vocab_size != config.vocab_size or teacher.config.n_positions < block_size:
-            raise ValueError(f"the teacher has a vocabulary of {teacher.config.vocab_size} and a context of "
-                             f"{teacher.config.n_positions} tokens; {config.vocab_size} and {block_size} are needed")
-        teacher.requires_grad_(False).eval()
+    model = model or load_model(source, args)
+    if args.distill:
+        print(f"teacher: {args.teacher or dense}", file=sys.stderr)
+        teacher = (teacher or load_model(dense, args)).requires_grad_(False).eval()
 
     stop = []  # filled by Ctrl-C and SIGTERM
     handlers = {n: signal.signal(n, lambda *_: stop.append(True)) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -459,6 +458,7 @@ def compare(start, result, val_data, args):
     tokenizer = data.tokenizer(result.config.vocab_size)
     if isinstance(val_data, data.Blocks):
         ids = tokenizer.encode("def ") if args.dataset == "stdlib" else val_data.tokens[:16].tolist()
+        ids = ids[: val_data.block_size]
     else:
         ids = val_data.prompts[0]
     speeds = measure.prefill_speed([start, result], val_data.batch(range(min(args.batch_size, len(val_data))))[0])
@@ -467,11 +467,11 @@ def compare(start, result, val_data, args):
         loss = measure.mean_loss(model, val_data, autocast_of(args))
         text = ids + model.generate([ids], val_data.block_size - len(ids), temperature=0.8, top_k=40, eot=tokenizer.eot,
                                     generator=torch.Generator(args.device).manual_seed(0))[0]
-        about[name] = dict(val_loss=loss, val_perplexity=math.exp(loss), widths=list(model.config.mlp_widths),
+        about[name] = dict(val_loss=loss, val_perplexity=math.exp(min(loss, 700)), widths=list(model.config.mlp_widths),
                            parameters=sum(p.numel() for p in model.parameters()), prefill_tokens_per_second=speed,
                            sample=tokenizer.decode(text))
     before, after = about["start"]["widths"], about["result"]["widths"]
-    return about | dict(leftover_wanted=args.leftover, leftover=sum(after) / sum(before),
+    return about | dict(leftover_wanted=args.leftover, leftover=sum(after) / max(sum(before), 1),
                         leftover_per_layer=[k / max(m, 1) for k, m in zip(after, before)])
 
 

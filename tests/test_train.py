@@ -420,6 +420,13 @@ def test_a_truncated_weights_file(capsys):
 def test_a_teacher_with_another_vocabulary(capsys):
     GPT(GPTConfig(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=2)).save_pretrained("other")
     assert_fails(capsys, ["--model", "small", "--distill", "--teacher", "other"], "300", "257")
+    assert not Path("out").exists()
+
+
+def test_a_model_without_neurons_is_not_pruned_further(capsys):
+    GPT(GPTConfig(vocab_size=257, n_positions=64, n_embd=16, n_layer=1, n_head=2, mlp_widths=(0,))).save_pretrained("none")
+    assert_fails(capsys, ["--model", "none"], "no MLP neurons left")
+    assert run("--method", "none", "--out", "run", model="none")["leftover"] == 0
 
 
 def test_a_finished_run_is_not_overwritten(capsys):
