@@ -452,6 +452,28 @@ def test_e2e_is_measured_by_bleu_and_rouge_with_several_references():
 # Tables and figures, of made-up runs.
 
 
+CHATS = [("Ann: Lunch at noon?\nBob: Make it one, please.", "Ann and Bob will have lunch at one."),
+         ("Eve: Where are my keys?\nTom: On the fridge!", "Eve's keys are on the fridge."),
+         ("Max: The train is late.\nIda: I'll wait by the clock.", "Ida waits for Max by the clock."),
+         ("Lea: Did you feed the cat?\nJon: Twice.", "Jon has fed the cat twice.")]
+
+
+def test_dialogues_train_and_are_measured_by_rouge():
+    os.mkdir("chats")
+    for split, chats in (("train", CHATS), ("validation", CHATS[:2])):
+        lines = [json.dumps(dict(id=str(i), dialogue=chat, summary=text)) for i, (chat, text) in enumerate(chats)]
+        Path("chats", f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    start()
+    run("--method", "gum", "--data-path", "chats", "--block-size", 128, "--out", "run", dataset="samsum")
+    evaluate("run")
+    values = measured("run")["values"]
+    model, examples = GPT.from_pretrained("run"), load_once("samsum", "validation", 257, 128, "chats", None)
+    written, references = measure.write_texts(model, examples)
+    assert references == [[CHATS[0][1]], [CHATS[1][1]]]
+    for name in ("rouge1", "rouge2", "rougeL"):
+        assert values[name] == measure.text_scores(written, references)[name]
+
+
 def fake(folder, method, leftover, seed, distill=False, value=None, real=None, layers=2, **settings):
     """A finished run's folder with just what tables and figures read."""
     folder = Path(folder)
