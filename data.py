@@ -2,21 +2,18 @@
 
 Six data sets, two shapes. `stdlib` and `wikitext` are *language modelling*: one stream of tokens, cut into blocks,
 every token predicted from those before it (`Blocks`). `toysql`, `wikisql`, `samsum` and `e2e` are *prompt -> target*:
-the model reads a prompt, and only the target's tokens count in the loss (`Examples`). Both give the same batch,
+the model reads a prompt, and only the target's tokens count in the loss (`Examples`). For both,
+`load("stdlib", "train", vocab_size=257, block_size=128).batch([0, 1, 2])` gives three tensors
 
     idx      [B, T] int64   what the model reads
     targets  [B, T] int64   what it should say next at each place, -100 where nothing is asked
     real     [B, T] bool    False on padding
 
-so the training loop need not know which it has:
-
-    >>> blocks = load("stdlib", "train", vocab_size=257, block_size=128)
-    >>> idx, targets, real = blocks.batch([0, 1, 2])
-
 `stdlib` and `toysql` are on every machine; the others come from the Hugging Face Hub or a folder with the Hub's layout.
 The tokenizer follows the model's vocabulary: 257 is bytes, 50257 is GPT-2's. Whatever the user can get wrong (a name, a
 path, a column, a block size) ends in a ValueError or an OSError with one line that says what would work.
 """
+
 import hashlib
 import json
 import random
@@ -30,17 +27,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-# Where each data set is, and the measure it asks for. The Hub's `wikisql` and `e2e_nlg` are Python scripts, which
-# `datasets` no longer runs; the Hub keeps what they produced on a branch of its own.
+# Where each data set is, its columns there, and the measure it asks for. The Hub's `wikisql` and `e2e_nlg` are Python
+# scripts, which `datasets` no longer runs; the Hub keeps what they produced on a branch of its own.
 PARQUET = "refs/convert/parquet"
 DATASETS = {
-    "stdlib": dict(hub=None, config=None, revision=None, metric="perplexity"),
-    "wikitext": dict(hub="Salesforce/wikitext", config="wikitext-103-v1", revision=None, metric="perplexity"),
-    "toysql": dict(hub=None, config=None, revision=None, metric="exact_match"),
-    "wikisql": dict(hub="Salesforce/wikisql", config=None, revision=PARQUET, metric="exact_match"),
-    "samsum": dict(hub="knkarthick/samsum", config=None, revision=None, metric="rouge"),
-    "e2e": dict(hub="tuetschek/e2e_nlg", config=None, revision=PARQUET, metric="bleu"),
+    "stdlib": dict(hub=None, metric="perplexity"),
+    "wikitext": dict(hub="Salesforce/wikitext", config="wikitext-103-v1", columns=["text"], metric="perplexity"),
+    "toysql": dict(hub=None, metric="exact_match"),
+    "wikisql": dict(hub="Salesforce/wikisql", revision=PARQUET, metric="exact_match",
+                    columns=["question", "table.header", "sql.human_readable"]),
+    "samsum": dict(hub="knkarthick/samsum", columns=["dialogue", "summary"], metric="rouge"),
+    "e2e": dict(hub="tuetschek/e2e_nlg", revision=PARQUET, metric="bleu",
+                columns=["meaning_representation", "human_reference"]),
 }
 
 
@@ -60,23 +60,21 @@ def load(dataset, split, vocab_size, block_size, path=None, config=None, cache_d
     if block_size < 1:
         raise ValueError(f"a block of {block_size} tokens holds nothing: --block-size must be at least 1")
     tok = tokenizer(vocab_size)
-
     if DATASETS[dataset]["metric"] == "perplexity":
         documents, fingerprint = stdlib(split) if dataset == "stdlib" else wikitext(split, path, config)
-        # Named by a hash of all that decides the content; 1 stands for the code below: raise it when that changes.
-        source = repr((1, dataset, split, vocab_size, str(path and Path(path).resolve()), config, fingerprint))
+        # Named by a hash of all that decides the content; 2 stands for the code below: raise it when that changes.
+        source = repr((2, dataset, split, vocab_size, str(path and Path(path).resolve()), config, fingerprint))
         name = f"{dataset}-{split}-{vocab_size}-{hashlib.sha256(source.encode()).hexdigest()[:16]}.bin"
         tokens = cached(Path(cache_dir) / name, documents, tok)
         if len(tokens) < max(block_size, 2):
             raise ValueError(f"{dataset} {split} has {len(tokens)} tokens, fewer than one block of {block_size}: "
                              "choose a smaller --block-size or more data")
         return Blocks(tokens, block_size, tok.eot)
-
     pairs = toysql(split) if dataset == "toysql" else hub_pairs(dataset, split, path, config)
     examples = Examples(pairs, block_size, tok)
     if examples.skipped:
         message = (f"{dataset} {split}: {examples.skipped} of {len(pairs)} examples are longer than the block of "
-                   f"{block_size} tokens (the shortest has {examples.shortest}, the longest {examples.longest})")
+                   f"{block_size} tokens (the shortest has {min(examples.sizes)}, the longest {max(examples.sizes)})")
         if not len(examples):
             raise ValueError(f"{message}: choose a larger --block-size")
         print(f"{message} and are left out", file=sys.stderr)
@@ -115,14 +113,11 @@ class Blocks:
 
     def batch(self, indices):
         """Blocks number `indices` (B ints): idx, targets, real, each [B, T]. The last block is padded on the right."""
-        idx = torch.full((len(indices), self.block_size), self.eot)  # [B, T]
-        targets = torch.full_like(idx, -100)                         # [B, T]
-        for row, i in enumerate(indices):
-            start = int(i) * self.block_size
-            chunk = self.tokens[start:start + self.block_size + 1].astype(np.int64)  # [T + 1], less at the stream's end
-            idx[row, :len(chunk) - 1] = torch.from_numpy(chunk[:-1])
-            targets[row, :len(chunk) - 1] = torch.from_numpy(chunk[1:])
-        return idx, targets, targets != -100  # here every real place has a target
+        places = torch.as_tensor(indices)[:, None] * self.block_size + torch.arange(self.block_size + 1)  # [B, T + 1]
+        real = places[:, 1:] < len(self.tokens)  # [B, T]; here every real place has a target
+        ids = self.tokens[places.clamp(max=len(self.tokens) - 1).numpy()]  # [B, T + 1]
+        ids = torch.from_numpy(ids.astype(np.int64))
+        return ids[:, :-1].where(real, self.eot), ids[:, 1:].where(real, -100), real
 
     def by_length(self):
         """The order to evaluate in: blocks are all as long, so as they come."""
@@ -137,22 +132,20 @@ class Examples:
     """
 
     def __init__(self, pairs, block_size, tok):
-        self.block_size, self.prompts, self.targets, self.references = block_size, [], [], []
-        self.eot, self.skipped, self.shortest, self.longest = tok.eot, 0, sys.maxsize, 0
+        self.block_size, self.eot, self.prompts, self.targets, self.references = block_size, tok.eot, [], [], []
         self.first = {}  # prompt -> the first example that has it
+        self.sizes = []  # tokens of every pair, also of those left out
         references = {}  # prompt -> all its targets' texts: those too long to train on are right answers too
         for prompt, target in pairs:
             references.setdefault(prompt, []).append(target)
             p, t = tok.encode(prompt), tok.encode(target) + [tok.eot]
-            size = len(p) + len(t)
-            self.shortest, self.longest = min(self.shortest, size), max(self.longest, size)
-            if size > block_size:
-                self.skipped += 1
-                continue
-            self.first.setdefault(prompt, len(self.prompts))
-            self.prompts.append(p)
-            self.targets.append(t)
-            self.references.append(references[prompt])
+            self.sizes.append(len(p) + len(t))
+            if len(p) + len(t) <= block_size:
+                self.first.setdefault(prompt, len(self.prompts))
+                self.prompts.append(p)
+                self.targets.append(t)
+                self.references.append(references[prompt])
+        self.skipped = len(self.sizes) - len(self.prompts)
 
     def __len__(self):
         return len(self.prompts)
@@ -162,13 +155,11 @@ class Examples:
 
         Attention looks only to the left, so no real token ever sees this padding: it changes no result.
         """
-        sizes = [len(self.prompts[i]) + len(self.targets[i]) - 1 for i in indices]  # end of text is never read
-        idx = torch.full((len(indices), max(sizes)), self.eot)  # [B, T]
-        targets = torch.full_like(idx, -100)                    # [B, T]
-        for row, (i, size) in enumerate(zip(indices, sizes)):
-            idx[row, :size] = torch.tensor((self.prompts[i] + self.targets[i])[:-1])
-            targets[row, len(self.prompts[i]) - 1:size] = torch.tensor(self.targets[i])  # from the prompt's last token
-        real = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]  # [T] < [B, 1] -> [B, T]
+        texts = [torch.tensor(self.prompts[i] + self.targets[i]) for i in indices]
+        asked = [torch.tensor([-100] * (len(self.prompts[i]) - 1) + self.targets[i]) for i in indices]
+        idx = pad_sequence([text[:-1] for text in texts], True, self.eot)  # [B, T]; a text's last token is never read
+        targets = pad_sequence(asked, True, -100)  # [B, T]
+        real = pad_sequence([torch.ones(len(text) - 1, dtype=torch.bool) for text in texts], True)  # [B, T]
         return idx, targets, real
 
     def by_length(self):
@@ -181,6 +172,7 @@ class Examples:
 
 
 # Language modelling: documents, and the stream of tokens made from them.
+
 
 def stdlib(split):
     """The running Python's standard library: (its sources as texts, their fingerprint); about 5 % are validation."""
@@ -202,7 +194,7 @@ def stdlib(split):
 
 def wikitext(split, path, config):
     """WikiText: (its articles as texts, made one at a time, their fingerprint)."""
-    rows = read("wikitext", split, path, config, ["text"])
+    rows = read("wikitext", split, path, config)
 
     def articles():
         article = ""
@@ -220,42 +212,37 @@ def wikitext(split, path, config):
 def cached(file, documents, tok):
     """The documents' tokens, end of text between them: a memory map [N] uint16 of `file`, written first if need be.
 
-    The file holds a CRC-32 (4 bytes), then the tokens. It is written beside its place and moved there, so it is whole
-    or absent; should it be damaged later, the checksum tells, and it is made anew.
+    The file, tokens and then their CRC-32, is moved into place when written, so it is whole or absent; should it be
+    damaged later, the checksum tells, and it is made anew.
     """
     if file.exists() and file.stat().st_size >= 4 and file.stat().st_size % 2 == 0:
-        content = np.memmap(file, np.uint8, mode="r")
-        if zlib.crc32(content[4:]) == int.from_bytes(content[:4].tobytes(), "little"):
-            return content[4:].view(np.uint16)
+        stored = np.memmap(file, np.uint16, mode="r")
+        if zlib.crc32(stored[:-2]) == int(stored[-2:].view(np.uint32)[0]):
+            return stored[:-2]
     file.parent.mkdir(parents=True, exist_ok=True)
+    stream = bytearray()  # 0.2 GB for WikiText-103
+    for i, document in enumerate(documents):
+        stream += np.array([tok.eot] * (i > 0) + tok.encode(document), dtype=np.uint16).tobytes()
+    stream += np.uint32(zlib.crc32(stream)).tobytes()
     beside = file.with_name(f"{file.name}.{uuid.uuid4().hex}")  # a name of its own: others may be writing theirs
     try:
-        with open(beside, "wb") as out:
-            out.write(bytes(4))
-            crc = 0
-            for i, document in enumerate(documents):  # one by one: WikiText-103 has 100M tokens
-                ids = np.array([tok.eot] * (i > 0) + tok.encode(document), dtype=np.uint16).tobytes()
-                crc = zlib.crc32(ids, crc)
-                out.write(ids)
-            out.seek(0)
-            out.write(crc.to_bytes(4, "little"))
+        beside.write_bytes(stream)
         beside.replace(file)
     finally:
         beside.unlink(missing_ok=True)  # there only if something went wrong
-    return np.memmap(file, np.uint16, mode="r")[2:]
+    return np.memmap(file, np.uint16, mode="r")[:-2]
 
 
 # Prompts and targets. A prompt ends with a newline, and GPT-2's tokenizer joins no newline with a letter: so the two,
 # encoded apart, give the tokens of the whole text.
 
+
 def hub_pairs(dataset, split, path, config):
     """wikisql, samsum or e2e as a list of (prompt, target) texts."""
     if dataset == "wikisql" and path and list(Path(path).glob("*.tables.jsonl")):
         return wikisql_release(Path(path), split)
-    columns = {"wikisql": ["question", "table.header", "sql.human_readable"], "samsum": ["dialogue", "summary"],
-               "e2e": ["meaning_representation", "human_reference"]}[dataset]
-    rows = read(dataset, split, path, config, columns)
-    rows = zip(*(rows[column] for column in columns))
+    table = read(dataset, split, path, config)
+    rows = zip(*(table[column] for column in DATASETS[dataset]["columns"]))
     if dataset == "wikisql":
         return [(sql_prompt(header, question), sql) for question, header, sql in rows]
     if dataset == "samsum":
@@ -264,11 +251,7 @@ def hub_pairs(dataset, split, path, config):
 
 
 def sql_prompt(header, question):
-    """The prompt of wikisql and toysql: the table's columns on one line, the question on the next; the SQL follows.
-
-        No. | Player | Position
-        Who wears number 42?
-    """
+    """The prompt of wikisql and toysql: the table's columns ("No. | Player") on one line, the question on the next."""
     return f"{' | '.join(header)}\n{question}\n"
 
 
@@ -282,16 +265,13 @@ def to_sql(header, select, aggregate, conditions):
 def wikisql_release(folder, split):
     """WikiSQL as its authors publish it: questions in {train,dev}.jsonl, headers in {train,dev}.tables.jsonl."""
     name = "train" if split == "train" else "dev"
-    questions, tables = files = folder / f"{name}.jsonl", folder / f"{name}.tables.jsonl"
-    if not all(file.exists() for file in files):
-        raise FileNotFoundError(f"no {split} split in {folder}: it takes both {questions.name} and {tables.name}")
+    files = questions, _ = folder / f"{name}.jsonl", folder / f"{name}.tables.jsonl"
     try:
         rows, tables = [[json.loads(line) for line in open(file, encoding="utf-8")] for file in files]
         headers = {table["id"]: table["header"] for table in tables}
-        pairs = []
-        for row in rows:
-            header, sql = headers[row["table_id"]], row["sql"]
-            pairs.append((sql_prompt(header, row["question"]), to_sql(header, sql["sel"], sql["agg"], sql["conds"])))
+        asked = [(headers[row["table_id"]], row["question"], row["sql"]) for row in rows]
+        pairs = [(sql_prompt(header, question), to_sql(header, sql["sel"], sql["agg"], sql["conds"]))
+                 for header, question, sql in asked]
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{questions} is not WikiSQL's release: {type(error).__name__} {error}") from error
     if not pairs:
@@ -331,21 +311,23 @@ def toysql(split, train=20_000, validation=1_000):
     return pairs[:train] if split == "train" else pairs[train:]
 
 
-def read(dataset, split, path, config, columns):
-    """A split from the Hub, or a folder like it, nested columns flattened ("table.header"); it must have `columns`."""
+def read(dataset, split, path, config):
+    """A split from the Hub, or a folder like it, nested columns flattened ("table.header"), with its `columns`."""
     import datasets  # only here: data sets that need no files do without
     import huggingface_hub
+
     for library in datasets, huggingface_hub.utils:
         library.disable_progress_bars()
         library.logging.set_verbosity(library.logging.CRITICAL)
-    source = str(Path(path).resolve()) if path else DATASETS[dataset]["hub"]
+    known = DATASETS[dataset]
+    source = str(Path(path).resolve()) if path else known["hub"]
     if not path:
         print(f"reading {source} from the Hub", file=sys.stderr)  # which may take its time, also to give up
     try:
         # A folder that declares no configuration has just one, which the library calls "default".
         plain = path and datasets.get_dataset_config_names(source) == ["default"]
-        config = config or (None if plain else DATASETS[dataset]["config"])
-        revision = None if path else DATASETS[dataset]["revision"]
+        config = config or (None if plain else known.get("config"))
+        revision = None if path else known.get("revision")
         rows = datasets.load_dataset(source, config, split=split, revision=revision)
     except Exception as error:  # the library's, the network's or a parser's: there is no list of them
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())
@@ -355,7 +337,6 @@ def read(dataset, split, path, config, columns):
         raise ConnectionError(f"{source} is out of reach ({reason}): pass --data-path DIR with a local copy of it, "
                               "or --dataset stdlib or toysql, which need no download") from error
     found, rows = rows.column_names, rows.flatten()
-    missing = [column for column in columns if column not in rows.column_names]
-    if missing:
+    if missing := [column for column in known["columns"] if column not in rows.column_names]:
         raise ValueError(f"{source} is not {dataset}: its columns are {', '.join(found)}; {', '.join(missing)} missing")
     return rows

@@ -51,8 +51,7 @@ def batches(examples, tokens=8192, first=None):
 def mean_loss(model, examples, autocast, most=None):
     """Mean loss in nats per token that counts, over a split or its first `most` batches. exp() is the perplexity."""
     model.eval()
-    device = model.wte.weight.device
-    total, count = 0.0, 0
+    device, total, count = model.wte.weight.device, 0.0, 0
     for idx, targets, _ in islice(batches(examples), most):
         with autocast:
             logits, _ = model(idx.to(device))
@@ -78,11 +77,9 @@ def prefill_speed(models, idx, rounds=7):
 
 @torch.no_grad()
 def exact_matches(model, examples, tokens=4096):
-    """For each example, in the order of `by_length`: does the model give exactly the target, end of text included?
-
-    That is, every target token is the arg-max after the true ones before it. Greedy decoding then picks the same first
-    token, so reads the same text, so picks the same second one, ...: the same event, for one forward pass.
-    """
+    """For each example, in the order of `by_length`: does the model give exactly the target, end of text included?"""
+    # That is, every target token is the arg-max after the true ones before it. Greedy decoding then picks the same
+    # first token, so reads the same text, so picks the same second one, ...: the same event, for one forward pass.
     matches = []
     for idx, targets, _ in batches(examples, tokens):
         said = model(idx.to(model.wte.weight.device))[0].argmax(-1).cpu()  # [B, T, V] -> [B, T]
@@ -91,16 +88,14 @@ def exact_matches(model, examples, tokens=4096):
 
 
 def write_texts(model, examples, prompts=0, beams=1):
-    """What the model writes, a line each, to the first `prompts` distinct prompts (0: all), and the references of each.
-
-    Greedily, or by beam search as is usual for E2E; at most as long as the split's longest target.
-    """
+    """What the model writes, a line each, to the first `prompts` distinct prompts (0: all), and their references."""
+    # Greedily, or by beam search; at most as long as the split's longest target.
     tokenizer, longest = data.tokenizer(model.config.vocab_size), max(map(len, examples.targets))
     chosen, rows, written = examples.distinct()[: prompts or None], max(1, 64 // beams), {}
     order = sorted(chosen, key=lambda i: len(examples.prompts[i]))
     for some in (order[start : start + rows] for start in range(0, len(order), rows)):
-        new = model.generate([examples.prompts[i] for i in some], longest, temperature=0, beams=beams,
-                             length_penalty=0.9, no_repeat_ngram=4 if beams > 1 else 0, eot=tokenizer.eot)
+        new = model.generate([examples.prompts[i] for i in some], longest, temperature=0, eot=tokenizer.eot,
+                             beams=beams, length_penalty=0.9, no_repeat_ngram=4 if beams > 1 else 0)  # usual for E2E
         written |= {i: " ".join(tokenizer.decode(ids).split()) for i, ids in zip(some, new)}
     return [written[i] for i in chosen], [[" ".join(text.split()) for text in examples.references[i]] for i in chosen]
 
@@ -122,8 +117,8 @@ def observe(model, examples, tokens=2048, first=None):
 
     Sensitivity = sum_l sum_i |h_i(X) . dL/dh_i(X)|, the mean over sequences X, in nats: the dot product is over X's
     tokens and L is X's own mean loss, so it does not matter which other sequences share its batch.
-    C = sum over the real tokens of h^T h [k, k]: Algorithm 1 without decay. In float64, so that no order of summing
-    shows: 8 k^2 bytes, 0.9 GB for all layers of gpt2, 13 GB for GPT-Neo-1.3B's.
+    C = sum over the real tokens of h^T h [k, k]: Algorithm 1 without decay. All layers' at once, in float64, so that no
+    order of summing shows: 8 k^2 bytes each, 0.9 GB for gpt2, 13 GB for GPT-Neo-1.3B.
     """
     mlps, device, total, count = [block.mlp for block in model.h], model.wte.weight.device, 0.0, 0
     Cs = [torch.zeros(k, k, dtype=torch.float64, device=device) for k in model.config.mlp_widths]
@@ -131,12 +126,11 @@ def observe(model, examples, tokens=2048, first=None):
         mlp.hold = True
     for batch in batches(examples, tokens, first):
         idx, targets, real = (tensor.to(device) for tensor in batch)
-        features, held = model.features(idx), [mlp.held for mlp in mlps]  # [B, T, d], a list of [B, T, k]
-        counts = targets != -100  # [B, T]
-        losses = F.cross_entropy(F.linear(features[counts], model.wte.weight), targets[counts], reduction="none")
-        lengths = counts.sum(1, keepdim=True).expand_as(counts)[counts]  # for each loss, how many its sequence has
+        (logits, _), held = model(idx), [mlp.held for mlp in mlps]  # [B, T, V], a list of [B, T, k]
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)  # [B, T]
+        means = losses.sum(1) / (targets != -100).sum(1)  # [B]
         # Sequences do not see each other, so the gradient of the sum of their losses is for each one that of its own.
-        for h, gradient, C in zip(held, torch.autograd.grad((losses / lengths).sum(), held), Cs):
+        for h, gradient, C in zip(held, torch.autograd.grad(means.sum(), held), Cs):
             h = h.detach().double()
             total += (h * gradient).sum(1).abs().sum().item()  # [B, T, k] -> [B, k]; padding has no gradient
             C.addmm_(h[real].T, h[real])  # [tokens, k] -> [k, k]
@@ -199,7 +193,10 @@ def read_run(folder):
                              for file in (path / "metrics.json", path / "measure.json"))
     except ValueError as error:
         raise ValueError(f"metrics.json or measure.json in {folder} is damaged: {error}") from error
-    return SimpleNamespace(path=path, metrics=metrics, settings=metrics.get("settings", {}), measures=measures)
+    settings = metrics.get("settings", {})
+    if os.path.isdir(settings.get("model", "")):  # the same folder is the same model, however it was written
+        settings["model"] = str(Path(settings["model"]).resolve())
+    return SimpleNamespace(path=path, metrics=metrics, settings=settings, measures=measures)
 
 
 def dense_run(run, dense):
@@ -244,8 +241,7 @@ def evaluate(args):
         values, counts, widths, texts = measure(run.path.absolute(), args.device, **on)
         base, _, full, _ = measure(dense.path.absolute(), args.device, **on) if dense else ({}, (), (), ())
         full = run.metrics["start"]["widths"] if run.metrics else full
-        ratios = {name: value / base[name] if value is not None and base.get(name) else None
-                  for name, value in values.items()}
+        ratios = {name: x / base[name] if base.get(name) and x is not None else None for name, x in values.items()}
         values = values | dict(leftover=sum(widths) / max(sum(full), 1) if full else None)
         left = [k / max(m, 1) for k, m in zip(widths, full)] or None
         about = dict(on=on, dense=dense and dense.path.name, values=values, ratios=ratios, widths=widths,
@@ -259,8 +255,8 @@ def evaluate(args):
             os.replace(run.path / (name + ".tmp"), run.path / name)
         print(f"\n{str(run.path):40}{'this':>10}{'dense':>10}{'ratio':>10}")
         for name, value in values.items():
-            row = (value, base.get(name), ratios.get(name))
-            print(f"{MEASURES[name]:40}" + "".join(f"{'-' if x is None else format(x, '.4g'):>10}" for x in row))
+            row = ["-" if x is None else f"{x:.4g}" for x in (value, base.get(name), ratios.get(name))]
+            print(f"{MEASURES[name]:40}" + "".join(f"{cell:>10}" for cell in row))
         print("leftover per layer:", *(f"{share:.1%}" for share in left or []))
 
 
@@ -271,16 +267,18 @@ def read_runs(folders, measured):
         if not run.metrics or measured and not run.measures:
             raise ValueError(f"{run.path} has no {'measure' if run.metrics else 'metrics'}.json: it takes a run of "
                              f"train.py, and then python measure.py {run.path}")
-        known = dict(perplexity=run.metrics["result"]["val_perplexity"], leftover=run.metrics["leftover"])
-        run.measures = run.measures or dict(values=known)
-        run.kind = [run.settings[name] for name in ("dataset", "model", "distill", "method")]
-    for run in sorted(runs, key=lambda run: (run.kind[2], list(METHODS).index(run.kind[3]))):
-        alike = [other.settings for other in runs if other.kind == run.kind]
+        run.measures = run.measures or dict(values=dict(perplexity=run.metrics["result"]["val_perplexity"],
+                                                        leftover=run.metrics["leftover"]))
+        run.method, run.goal = run.settings["method"], (run.settings["distill"], run.settings["leftover"])
+        run.group = run.settings["dataset"], Path(run.settings["model"]).name
+    for run in sorted(runs, key=lambda run: (run.goal[0], list(METHODS).index(run.method))):
+        alike = [other.settings for other in runs
+                 if (other.group, other.method, other.goal[0]) == (run.group, run.method, run.goal[0])]
         free = ("seed", "leftover", "teacher", "device", "dtype", "data_path")  # the rest makes a row of its own
-        run.label = ", ".join([DRAWN[run.kind[3]][0], *(
+        run.label = ", ".join([DRAWN[run.method][0], *(
             f"{name} {value}" for name, value in run.settings.items()
             if name not in free and any(settings[name] != value for settings in alike))])
-        groups.setdefault((run.kind[0], Path(run.kind[1]).name), []).append(run)
+        groups.setdefault(run.group, []).append(run)
     return groups
 
 
@@ -297,18 +295,18 @@ def table(args):
         name = args.metric or (asked if all(asked in run.measures["values"] for run in runs) else "perplexity")
         if lacking := [str(run.path) for run in runs if name not in run.measures["values"]]:
             raise ValueError(f"no {name}: first python measure.py {' '.join(lacking)}")
-        rows, leftovers = {}, sorted({run.settings["leftover"] for run in runs}, reverse=True)
+        rows, leftovers = {}, sorted({run.goal[1] for run in runs}, reverse=True)
         for run in runs:
-            row = rows.setdefault(run.label + ", distilled" * run.settings["distill"], {v: [] for v in leftovers})
-            row[run.settings["leftover"]].append(run)
+            distill, v = run.goal
+            rows.setdefault(run.label + ", distilled" * distill, {v: [] for v in leftovers})[v].append(run)
         lines = [[f"{dataset}, {model}: {MEASURES[name]}", *(f"{v:g}" for v in leftovers)]]
         for label, row in rows.items():
             lines.append([label])
             for v, some in row.items():
-                found = mean_std(run.measures["values"][name] for run in some)
-                left = found and statistics.fmean(run.metrics["leftover"] for run in some)  # not always what was wanted
-                lines[-1].append(f"{found[0]:.4g}" + f" ± {found[1]:.2g}" * (found[2] > 1) + f" ({found[2]})"
-                                 + f" at {left:.3f}" * (abs(left - v) >= 0.01) if found else "-")
+                mean, std, n = mean_std(run.measures["values"][name] for run in some) or (None, None, 0)
+                left = statistics.fmean(run.metrics["leftover"] for run in some) if n else v
+                lines[-1].append(f"{mean:.4g}" + f" ± {std:.2g}" * (n > 1) + f" ({n})"
+                                 + f" at {left:.3f}" * (abs(left - v) >= 0.01) if n else "-")  # not what was wanted
         if args.format == "csv":
             csv.writer(sys.stdout).writerows(lines)
         elif args.format == "markdown":
@@ -320,29 +318,27 @@ def table(args):
 
 
 def draw(path, panels, styles):
-    """A figure of `panels` {(title, x label, y label): {curve: {x: {seed's run: y}}}}, as PNG and PDF.
-
-    Points are means, bars sample standard deviations. Panels of the same quantities share their axes.
-    """
+    """A figure of `panels` {(title, x label, y label): {curve: {x: {seed's run: y}}}}, as PNG and PDF."""
+    # Points are means, bars sample standard deviations. Panels of the same quantities share their axes.
     import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # without pyplot, which would look for a screen
 
-    plt.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 10})
+    matplotlib.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 10})
     columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
     rows, handles, peers = -(-len(panels) // columns), {}, {}
-    figure = plt.figure(figsize=(9, 0.7 + 2.5 * rows), layout="constrained")
+    figure = Figure(figsize=(9, 0.7 + 2.5 * rows), layout="constrained")
     for place, ((title, *labels), curves) in enumerate(panels.items(), 1):
         peer = peers.get(tuple(labels))
         ax = peers[tuple(labels)] = figure.add_subplot(rows, columns, place, sharex=peer, sharey=peer)
         ax.set(title=title, xlabel=labels[0], ylabel=labels[1])
         ax.xaxis.get_major_locator().set_params(integer=labels[0] in ("layer", "step"))
         for label, points in curves.items():
-            points = {x: found for x in sorted(points) if (found := mean_std(points[x].values()))}
+            found = {x: mean_std(ys.values()) for x, ys in sorted(points.items())}
+            points = {x: of_x for x, of_x in found.items() if of_x}
             if points:
                 means, stds, _ = zip(*points.values())
-                style = dict(capsize=2, mfc="none") | styles[label]
-                style |= dict(marker="", elinewidth=0.5, capsize=0) if len(points) > 12 else {}
+                crowded = dict(marker="", elinewidth=0.5, capsize=0) if len(points) > 12 else {}
+                style = dict(capsize=2, mfc="none") | styles[label] | crowded
                 handles[label] = ax.errorbar(list(points), means, stds if any(stds) else None, **style)
     for labels, ax in peers.items():
         if labels[1].startswith("share"):  # bars may reach beyond what a share can be
@@ -352,7 +348,6 @@ def draw(path, panels, styles):
     for suffix in ("png", "pdf"):
         figure.savefig(f"{path}.tmp", format=suffix, dpi=200)
         os.replace(f"{path}.tmp", f"{path}.{suffix}")
-    plt.close(figure)
     print(f"{path}.png")
 
 
@@ -360,45 +355,43 @@ def figures(args):
     """Draw the paper's figures 1, 2 (redundancy by dense), 5, 6 (raw), 3 (similarity), 4 (layers), and training."""
     from matplotlib import colormaps
 
+    x_labels = {"redundancy": "leftover (share of neurons)", "similarity": "largest |cos| to another neuron",
+                "layers": "layer", "training": "step"}
     for (dataset, model), runs in read_runs(args.runs, measured=True).items():
-        drawn, styles = {}, {"v_t": dict(color="#555555", ls=":", zorder=3)}
+        drawn, styles, left = {}, {"v_t": dict(color="#555555", ls=":", zorder=3)}, "share of neurons left"
 
-        def add(figure, title, x_label, y_label, curve, points):
-            curves = drawn.setdefault(figure, {}).setdefault((title, x_label, y_label), {})
-            for x, y in points:
-                curves.setdefault(curve, {}).setdefault(x, {})[run.path] = y
+        def add(figure, title, y_label, curve, xs, ys):
+            panel = drawn.setdefault(figure, {}).setdefault((title, x_labels[figure.split("-")[0]], y_label), {})
+            for x, y in zip(xs, ys):
+                panel.setdefault(curve, {}).setdefault(x, {})[run.path] = y
 
+        goals = dict.fromkeys(run.goal for run in runs if run.method != "none")
         for run in runs:
-            run.goal = run.settings["distill"], run.settings["leftover"]
-        goals = dict.fromkeys(run.goal for run in runs if run.kind[3] != "none")
-        for run in runs:
-            (_, marker, color), label, full = DRAWN[run.kind[3]], run.label, run.metrics["start"]["widths"]
+            (_, marker, color), label, full = DRAWN[run.method], run.label, run.metrics["start"]["widths"]
             ablation = sum(style["color"] == color for style in styles.values())
             styles.setdefault(label, dict(color=color, marker=marker, ls=["-", "--", ":", "-."][ablation % 4]))
-            log = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
-            for distill, v in [run.goal] if run.kind[3] != "none" else goals or [run.goal]:  # dense: in every panel
+            for distill, v in [run.goal] if run.method != "none" else goals or [run.goal]:  # dense: in every panel
                 how, goal = ("with" if distill else "without") + " distillation", f"-{v:g}" + "-distilled" * distill
                 for name in ("sensitivity", "uniqueness", "span_uniqueness"):
-                    values, ratios = ([(run.goal[1], run.measures[kind][name])] for kind in ("values", "ratios"))
                     by = MEASURES[name].split(" (")[0] + " (ratio to dense)"
-                    add("redundancy-values", how, "leftover (share of neurons)", MEASURES[name], label, values)
-                    add("redundancy-ratios", how, "leftover (share of neurons)", by, label, ratios)
+                    add("redundancy-values", how, MEASURES[name], label, run.goal[1:], [run.measures["values"][name]])
+                    add("redundancy-ratios", how, by, label, run.goal[1:], [run.measures["ratios"][name]])
                 for n, counts in enumerate(run.measures["counts"], 1):
-                    add("similarity" + goal, f"layer {n}", "largest |cos| to another neuron", "share of neurons", label,
-                        [((i + 0.5) / len(counts), k / max(sum(counts), 1)) for i, k in enumerate(counts)])
-                if run.kind[3] == "none":
-                    continue
-                add("layers", f"leftover {v:g}, {how}", "layer", "share of neurons left", label,
-                    enumerate(run.metrics["leftover_per_layer"], 1))
-                add("training" + goal, "all methods", "step", "training loss (nats/token)", label,
-                    [(line["step"], line["loss"]) for line in log])
-                for curve, key in (("v_t", "v"), (label, "leftover")):
-                    add("training" + goal, "all layers", "step", "share of neurons left", curve,
-                        [(line["step"], line[key]) for line in log])
+                    middles = [(i + 0.5) / len(counts) for i in range(len(counts))]
+                    shares = [k / max(sum(counts), 1) for k in counts]
+                    add("similarity" + goal, f"layer {n}", "share of neurons", label, middles, shares)
+            if run.method != "none":
+                layers, shares = range(1, len(full) + 1), run.metrics["leftover_per_layer"]
+                add("layers", f"leftover {v:g}, {how}", left, label, layers, shares)
+                log = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+                steps, loss, v_t, leftover = ([line[key] for line in log] for key in ("step", "loss", "v", "leftover"))
+                add("training" + goal, "all methods", "training loss (nats/token)", label, steps, loss)
+                add("training" + goal, "all layers", left, "v_t", steps, v_t)
+                add("training" + goal, "all layers", left, label, steps, leftover)
                 for n, m in enumerate(full):
                     styles[f"layer {n + 1}"] = dict(color=colormaps["viridis"](n / len(full)), lw=1)
-                    add("training" + goal, label, "step", "share of neurons left", f"layer {n + 1}",
-                        [(line["step"], line["widths"][n] / max(m, 1)) for line in log])
+                    shares = [line["widths"][n] / max(m, 1) for line in log]
+                    add("training" + goal, label, left, f"layer {n + 1}", steps, shares)
         for name, panels in drawn.items():
             draw(Path(args.out, f"{name}-{dataset}-{model}"), panels, styles)
 
@@ -418,17 +411,11 @@ def sample(args):
         print(" | ".join(f"{part:56}" for part in parts).rstrip())
 
 
-def fail(message):
-    """End the program for a user's mistake: one line, exit status 2."""
-    print(f"measure.py: error: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
-
-
 def main():
     commands = {command.__name__: command for command in (evaluate, table, figures, sample)}
     command, *words = sys.argv[1:] if sys.argv[1:2] and sys.argv[1] in commands else ["evaluate", *sys.argv[1:]]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, flag = fail, parser.add_argument  # argparse would print the whole usage first
+    parser.print_usage, flag = lambda file: None, parser.add_argument  # so that a mistake takes one line
     flag("runs", metavar="RUN", nargs="+", help="the folders of finished runs")
     flag("--dense", help="the dense model's folder (default: the run of the same data, model and seed beside RUN)")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
@@ -448,11 +435,11 @@ def main():
     flag("--tokens", type=int, default=120, help="for sample: how many to write at most (default: 120)")
     args = parser.parse_args(words)
     if min(args.examples, args.generate, args.tokens, args.block_size or 1) < 0:
-        fail("--examples, --generate, --tokens and --block-size must not be negative")
+        parser.error("--examples, --generate, --tokens and --block-size must not be negative")
     try:
         commands[command](args)
     except (ValueError, OSError) as error:
-        fail(error)
+        parser.error(" ".join(str(error).split()))
 
 
 if __name__ == "__main__":
