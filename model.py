@@ -10,6 +10,7 @@ Shapes: B sequences, T tokens each, d = n_embd, m neurons in an MLP of which k a
 import json
 import os
 import re
+import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +45,8 @@ class GPTConfig:
         if not len(self.windows) == len(self.mlp_widths) == self.n_layer:
             raise ValueError(f"{self.n_layer} layers want as many windows and MLP widths, not "
                              f"{len(self.windows)} and {len(self.mlp_widths)}")
-        if min(self.mlp_widths) < 0:
-            raise ValueError(f"an MLP can't have {min(self.mlp_widths)} neurons")
+        if not all(isinstance(width, int) and width >= 0 for width in self.mlp_widths):
+            raise ValueError(f"MLPs can't have {self.mlp_widths} neurons: these are not all whole numbers from 0 upwards")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
 
@@ -379,6 +380,7 @@ class GPT(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         save_file(state, folder / "model.safetensors.tmp", metadata={"format": "pt"})
         (folder / "config.json.tmp").write_text(json.dumps(settings, indent=2) + "\n")
+        shutil.copymode(folder / "config.json.tmp", folder / "model.safetensors.tmp")  # safetensors' own is private
         for file in ("model.safetensors", "config.json"):
             os.replace(folder / (file + ".tmp"), folder / file)
 
@@ -445,7 +447,7 @@ def read_config(folder):
             windows = tuple(hf.get("window_size", 256) if a == "local" else None for a in layers)
         return GPTConfig(vocab_size=hf["vocab_size"], **fields, model_type=kind, windows=windows, mlp_widths=widths,
                          attn_scaled=kind == "gpt2" and hf.get("scale_attn_weights", True), qkv_bias=kind == "gpt2",
-                         layer_norm_epsilon=hf.get("layer_norm_epsilon", 1e-5))
+                         layer_norm_epsilon=float(hf.get("layer_norm_epsilon", 1e-5)))
     except KeyError as error:
         raise ValueError(f"{path}: {error} is missing") from error
     except (ValueError, TypeError, AttributeError) as error:

@@ -15,6 +15,7 @@ import shlex
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,7 +91,8 @@ FLAGS = {
 # What a number must be: its flags, whether a value is right, and how to say so.
 RANGES = [
     ("steps epochs batch_size accumulate block_size lr eps mask_lr temperature tau checkpoint_every log_every "
-     "eval_every", lambda x: 0 < x < math.inf, "above 0"),
+     "eval_every", lambda x: 0 < x < math.inf, "above 0 and finite"),
+    ("seed", lambda x: 0 <= x < 2**31, "from 0 to 2^31 - 1"),
     ("weight_decay lambda_mvp lambda_gum alpha_ce alpha_kd", lambda x: 0 <= x < math.inf, "at least 0"),
     ("leftover lambda_sim", lambda x: 0 < x <= 1, "in (0, 1]"),
     ("label_smoothing", lambda x: 0 <= x < 1, "in [0, 1)")]
@@ -131,6 +133,7 @@ def parse(argv=None):
         (method == "soft" and args.scope, "--scope means nothing with --method soft: one threshold serves every layer"),
         (method not in LEARNED and args.lambda_gum, f"--lambda-gum goes with learned scores, not --method {method}"),
         (not args.distill and distilling, f"{flag_of(*distilling[:1] or [''])} goes with --distill"),
+        (args.steps and args.epochs, "--steps and --epochs both say how long to train: give one of them"),
         (args.distill and args.label_smoothing, "--label-smoothing is 0 when distilling: leave it out"),
         (not re.fullmatch(r"cpu|cuda(:\d+)?", args.device or "cpu"), f"--device {args.device}: it is cuda or cpu"),
         (args.device and args.device != "cpu" and not torch.cuda.is_available(),
@@ -188,10 +191,27 @@ def write_whole(path, text):
 
 
 def read_json(path):
+    """What a run's metrics.json or settings.json holds; in both, with its settings as "settings"."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        saved = json.loads(path.read_text())
+        return saved | dict(settings=dict(saved["settings"] if path.name == "metrics.json" else saved))
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: remove {path.parent} and start over") from error
+
+
+@contextmanager
+def locked(folder, wait):
+    """Keep other processes from making the same run at once; the lock ends with the process, however that ends."""
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    except BlockingIOError as error:
+        raise ValueError(f"another process is at work in {folder}: wait for it, or name another --out") from error
+    finally:
+        os.close(handle)
 
 
 def check_folder(args):
@@ -200,7 +220,7 @@ def check_folder(args):
     state = next((file for file in ("metrics.json", "settings.json") if (out / file).is_file()), None)
     if not args.resume and state == "metrics.json":
         raise ValueError(f"{out} holds a finished run: name another folder with --out, or remove it")
-    if not args.resume and (out / "checkpoint.pt").exists():
+    if not args.resume and state and (out / "checkpoint.pt").exists():
         raise ValueError(f"{out} holds an interrupted run: add --resume to its command to go on, or remove it")
     if state is None and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists and is no run's folder: name another with --out")
@@ -208,8 +228,7 @@ def check_folder(args):
         return "new"
     if state is None:
         raise ValueError(f"nothing to resume in {out}: run the same command without --resume")
-    saved = read_json(out / state)
-    saved = saved.get("settings", saved)
+    saved = read_json(out / state)["settings"]
     different = [f"{name} is {saved.get(name)} there and {value} here" for name, value in settings_of(args).items()
                  if saved.get(name) != value]
     if different:
@@ -221,12 +240,12 @@ def dense_run(args, flags):
     """The folder of the dense run of the same data, model and seed, and its flags: the same run without pruning.
 
     If the folder that those flags name is no finished run, any finished one of that data, model and seed beside it or
-    beside args.out serves as well (but for `tiny`, whose dense run can be made on the spot).
+    beside args.out can serve as a teacher (but for `tiny`, whose dense run is made on the spot).
     """
     without = dict.fromkeys(PRUNING + DISTILLING + ("out",)) | dict(method="none", distill=False)
     dense = SimpleNamespace(**vars(flags) | without)
     folder = Path(resolve(dense).out)
-    if args.model != "tiny" and not (folder / "metrics.json").exists():
+    if args.distill and args.model != "tiny" and not (folder / "metrics.json").exists():
         for path in sorted({*folder.parent.glob("*/metrics.json"), *Path(args.out).parent.glob("*/metrics.json")}):
             saved = read_json(path)["settings"]
             same = ("dataset", "data_config", "model", "seed")
@@ -261,8 +280,11 @@ def make_optimizer(model, pruner, args):
 
 def lines_up_to(log, step):
     """The lines of a log up to `step`; a later one was written after the checkpoint, and will be written again."""
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    return "".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step)
+    try:
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        return "".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{log} is damaged: remove {log.parent} and start over") from error
 
 
 def train(args, steps, model, teacher, train_data, val_data, resumed, stop):
@@ -377,8 +399,8 @@ def load_model(source, args):
     return GPT(GPTConfig(**TINY)).to(args.device)
 
 
-def run(flags):
-    """Make the run that `flags` (from `parse`) describe, and for `tiny` the dense run it needs. Returns its metrics.
+def run(flags, implied=False):
+    """Make the run that `flags` (from `parse`) describe, and for `tiny` the dense run `implied`. Returns its metrics.
 
     Raises ValueError or OSError for what the user got wrong, before anything is trained, and what `train` raises.
     """
@@ -422,35 +444,38 @@ def run(flags):
             raise ValueError(f"{out}/checkpoint.pt is damaged: remove {out} and start over") from error
 
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "settings.json", json.dumps(settings_of(args), indent=2) + "\n")
-    if tiny and not has_dense and (source is not None or args.distill and not args.teacher):
-        print(f"first the dense model, in {dense}", file=sys.stderr)
-        dense_flags.resume = (dense / "settings.json").exists()
-        run(dense_flags)
-    model = model or load_model(source, args)
-    if args.distill:
-        print(f"teacher: {args.teacher or dense}", file=sys.stderr)
-        teacher = (teacher or load_model(dense, args)).requires_grad_(False).eval()
+    with locked(out, wait=implied):
+        if (out / "metrics.json").exists():  # another process has finished it meanwhile
+            return read_json(out / "metrics.json")
+        write_whole(out / "settings.json", json.dumps(settings_of(args), indent=2) + "\n")
+        if tiny and not has_dense and (source is not None or args.distill and not args.teacher):
+            print(f"first the dense model, in {dense}", file=sys.stderr)
+            dense_flags.resume = any((dense / file).exists() for file in ("settings.json", "metrics.json"))
+            run(dense_flags, implied=True)
+        model = model or load_model(source, args)
+        if args.distill:
+            print(f"teacher: {args.teacher or dense}", file=sys.stderr)
+            teacher = (teacher or load_model(dense, args)).requires_grad_(False).eval()
 
-    stop = []  # filled by Ctrl-C and SIGTERM
-    handlers = {n: signal.signal(n, lambda *_: stop.append(True)) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        sums = train(args, steps, model, teacher, train_data, val_data, resumed, stop)
-    finally:
-        for n, handler in handlers.items():
-            signal.signal(n, handler)
-    model.eval()
-    shrink(model).save_pretrained(out)
-    del teacher
-    metrics = dict(settings=settings_of(args), steps=steps, block_size=block_size, seconds=sums["seconds"],
-                   tokens=sums["tokens"], tokens_per_second=sums["tokens"] / sums["seconds"])
-    metrics |= compare(load_model(source, args).eval(), model, val_data, args)
-    metrics["versions"] = dict(python=platform.python_version(), torch=torch.__version__)
-    metrics["machine"] = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine()
-    write_whole(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    for file in ("checkpoint.pt", "settings.json"):
-        (out / file).unlink(missing_ok=True)
-    return metrics
+        stop = []  # filled by Ctrl-C and SIGTERM
+        handlers = {n: signal.signal(n, lambda *_: stop.append(True)) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            sums = train(args, steps, model, teacher, train_data, val_data, resumed, stop)
+        finally:
+            for n, handler in handlers.items():
+                signal.signal(n, handler)
+        model.eval()
+        shrink(model).save_pretrained(out)
+        del teacher
+        metrics = dict(settings=settings_of(args), steps=steps, block_size=block_size, seconds=sums["seconds"],
+                       tokens=sums["tokens"], tokens_per_second=sums["tokens"] / sums["seconds"])
+        metrics |= compare(load_model(source, args).eval(), model, val_data, args)
+        metrics["versions"] = dict(python=platform.python_version(), torch=torch.__version__)
+        metrics["machine"] = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine()
+        write_whole(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        for file in ("checkpoint.pt", "settings.json"):
+            (out / file).unlink(missing_ok=True)
+        return metrics
 
 
 def compare(start, result, val_data, args):
@@ -499,6 +524,10 @@ def main():
         report(run(flags), resolve(flags).out)
     except (ValueError, OSError, FloatingPointError) as error:
         fail(error)
+    except RuntimeError as error:  # torch has no one exception for this
+        if not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        fail("out of memory: try a smaller --batch-size or --block-size, or a larger --accumulate")
     except KeyboardInterrupt as stopped:
         again = shlex.join(["python", *sys.argv, *["--resume"] * (not flags.resume)])
         print(f"\n{stopped}; go on with: {again}" if str(stopped) else "\nstopped", file=sys.stderr)

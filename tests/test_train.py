@@ -164,8 +164,6 @@ def test_accumulation_changes_nothing_but_rounding():
 
 def test_epochs_set_the_steps():
     blocks = len(load_once("toysql", "train", 257, 128, None, None))
-    metrics = run("--dataset", "toysql", "--block-size", 128, "--epochs", 8 / blocks, "--out", "run", steps=1)
-    assert metrics["steps"] == 1  # --steps wins
     flags = train.parse(["--model", "small", "--dataset", "toysql", "--block-size", "128", "--epochs", str(40 / blocks),
                          "--out", "by-epochs"])
     assert train.run(flags)["steps"] == 5
@@ -379,6 +377,9 @@ def assert_fails(capsys, flags, *says):
     (["--leftover", "nan"], ["--leftover", "(0, 1]"]),
     (["--leftover", "a"], ["--leftover", "float"]),
     (["--steps", "0"], ["--steps", "above 0"]),
+    (["--steps", "9", "--epochs", "1"], ["--steps", "--epochs", "one of them"]),
+    (["--seed", "-1"], ["--seed", "from 0"]),
+    (["--seed", "99999999999999999999"], ["--seed", "from 0"]),
     (["--lr", "-1"], ["--lr", "above 0"]),
     (["--lr", "inf"], ["--lr", "above 0"]),
     (["--lambda-sim", "2"], ["--lambda-sim", "(0, 1]"]),
@@ -444,6 +445,41 @@ def test_an_interrupted_run_is_not_overwritten(capsys, monkeypatch):
     Path("run/checkpoint.pt").write_bytes(b"half")
     common = ["--model", "small", "--steps", 12, "--batch-size", 2, "--block-size", 32, "--lr", 1e-2, "--log-every", 2]
     assert_fails(capsys, [*common, "--device", "cpu", "--out", "run", "--resume"], "checkpoint.pt is damaged")
+
+
+@pytest.mark.parametrize("file,content", [("metrics.json", "[]"), ("metrics.json", "{}"), ("metrics.json", '{"settings": '),
+                                          ("settings.json", "[3]"), ("log.jsonl", '{"loss": 1}\n'), ("log.jsonl", "{a}\n")])
+def test_a_damaged_file_in_a_runs_folder_is_named(file, content, capsys, monkeypatch):
+    with monkeypatch.context() as patched:
+        die_at(patched, (train, "compare"), 1)
+        with pytest.raises(Killed):
+            run("--out", "run")
+    Path("run", file).write_text(content)
+    common = ["--model", "small", "--steps", 12, "--batch-size", 2, "--block-size", 32, "--lr", 1e-2, "--log-every", 2]
+    assert_fails(capsys, [*common, "--device", "cpu", "--out", "run", "--resume"], file, "damaged", "remove run")
+
+
+def test_a_damaged_run_beside_it_is_no_concern_of_a_run():
+    os.makedirs("out/damaged")
+    Path("out/damaged/metrics.json").write_text("{")
+    run("--method", "topv")
+
+
+def test_two_processes_never_make_the_same_run_at_once(capsys):
+    process = start("--out", "run")
+    wait_for("run/checkpoint.pt")
+    assert_fails(capsys, ["--model", "small", "--steps", 2000, "--batch-size", 2, "--block-size", 32, "--log-every", 2,
+                          "--device", "cpu", "--out", "run", "--resume"], "another process", "run")
+    process.kill()
+    process.communicate()
+
+
+def test_running_out_of_memory_gets_one_line(capsys, monkeypatch):
+    def out_of_memory(*args, **kwargs):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to ...")
+
+    monkeypatch.setattr(train, "train", out_of_memory)
+    assert_fails(capsys, ["--model", "small"], "out of memory", "--accumulate")
 
 
 def test_a_folder_that_is_no_run_is_not_touched(capsys):
