@@ -214,6 +214,8 @@ def measure(path, device, dataset, data_path, data_config, block_size, split, ex
     """A model's values by name, `counts` of `redundancy`, widths, and the texts it wrote with their references."""
     model = GPT.from_pretrained(path).to(device)
     where = model.config.vocab_size, block_size or model.config.n_positions, data_path, data_config
+    if where[1] > model.config.n_positions:
+        raise ValueError(f"--block-size {block_size} is longer than the context of {path}, {model.config.n_positions}")
     validation, metric, texts = load(dataset, "validation", *where), data.DATASETS[dataset]["metric"], ()
     values = dict(loss=mean_loss(model, validation, nullcontext()))
     values["perplexity"] = math.exp(values["loss"])
@@ -434,8 +436,12 @@ def main():
     flag("--prompt", default="", help="for sample: the text to continue")
     flag("--tokens", type=int, default=120, help="for sample: how many to write at most (default: 120)")
     args = parser.parse_args(words)
-    if min(args.examples, args.generate, args.tokens, args.block_size or 1) < 0:
-        parser.error("--examples, --generate, --tokens and --block-size must not be negative")
+    if min(args.examples, args.generate, args.tokens, args.beams - 1, (args.block_size or 1) - 1) < 0:
+        parser.error("--examples, --generate and --tokens must be at least 0, --beams and --block-size at least 1")
+    if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
+        parser.error(f"--device {args.device}: it is cpu, or cuda where this machine and this build of torch have it")
+    if command == "sample" and not args.prompt:
+        parser.error("sample wants a text to continue: --prompt TEXT")
     try:
         commands[command](args)
     except (ValueError, OSError) as error:

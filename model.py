@@ -46,7 +46,7 @@ class GPTConfig:
             raise ValueError(f"{self.n_layer} layers want as many windows and MLP widths, not "
                              f"{len(self.windows)} and {len(self.mlp_widths)}")
         if not all(isinstance(width, int) and width >= 0 for width in self.mlp_widths):
-            raise ValueError(f"MLPs can't have {self.mlp_widths} neurons: these are not all whole numbers from 0 upwards")
+            raise ValueError(f"MLPs can't have {self.mlp_widths} neurons: not all are whole numbers from 0 upwards")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
 
@@ -561,4 +561,4 @@ def download(name):
         raise FileNotFoundError(f"no model {name!r} on the Hub, or it is private") from error
     except Exception as error:  # whatever stands between us and the Hub, the way out is the same
         raise ConnectionError(f"can't get {name!r} from the Hub ({type(error).__name__}); give a folder "
-                              f"with it in Hugging Face's format, --model FOLDER, or --model tiny, made on the spot") from error
+                              f"with it in Hugging Face's format, --model DIR, or use --model tiny") from error

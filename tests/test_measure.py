@@ -618,7 +618,9 @@ def test_a_sample_stands_beside_the_dense_models_and_is_the_same_each_time(capsy
     (["small", "--dataset", "wiki"], ["wiki", "stdlib"]),
     (["small", "--dataset", "stdlib", "--block-size", "999"], ["999", "128"]),
     (["small", "--dataset", "stdlib", "--outputs"], ["--outputs", "stdlib"]),
-    (["small", "--dataset", "stdlib", "--examples", "-1"], ["--examples", "negative"]),
+    (["small", "--dataset", "stdlib", "--examples", "-1"], ["--examples", "at least 0"]),
+    (["small", "--dataset", "stdlib", "--beams", "0"], ["--beams", "at least 1"]),
+    (["small", "--dataset", "stdlib", "--device", "foo"], ["--device foo", "cuda"]),
     (["small", "--dataset", "e2e", "--data-path", "nothing"], ["nothing"]),
     (["small", "--dataset", "stdlib", "--dense", "nowhere"], ["nowhere"]),
     (["empty", "--dataset", "stdlib"], ["empty", "config.json"]),
@@ -628,7 +630,7 @@ def test_a_sample_stands_beside_the_dense_models_and_is_the_same_each_time(capsy
     (["table", "fake", "--metric", "bleu"], ["bleu", "python measure.py fake"]),
     (["table", "fake", "--metric", "speed"], ["speed", "perplexity"]),
     (["figures", "fake"], ["python measure.py fake"]),
-    (["sample", "small"], ["prompt"]),
+    (["sample", "small"], ["--prompt"]),
     (["sample", "small", "--prompt", ""], ["prompt"]),
 ])
 def test_a_mistake_gets_one_line_and_status_2(words, says, capsys):

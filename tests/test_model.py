@@ -442,7 +442,8 @@ def test_an_index_that_names_a_tensor_its_shard_lacks(tmp_path):
     ({"n_head": 5}, "multiple of n_head"), ({"n_head": 0}, "config.json: n_head is 0"),
     ({"n_layer": "4"}, "config.json: n_layer is '4'"), ({"n_embd": None}, "config.json: n_embd is None"),
     ({"vocab_size": "many"}, "config.json: vocab_size is 'many'"), ({"mlp_widths": [1, 2]}, "4 layers want"),
-    ({"mlp_widths": [1, 2, 3, -4]}, "config.json: an MLP can't have -4 neurons")])
+    ({"mlp_widths": [1, 2, 3, -4]}, "config.json: MLPs can't have .1, 2, 3, -4. neurons"),
+    ({"n_inner": 128.0}, "MLPs can't have .128.0"), ({"layer_norm_epsilon": "x"}, "config.json: could not convert")])
 def test_a_configuration_that_is_not_known_is_an_error(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         GPT.from_pretrained(write(tmp_path, hf_gpt2(), config=change))
