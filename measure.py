@@ -357,7 +357,7 @@ def figures(args):
     """Draw the paper's figures 1, 2 (redundancy by dense), 5, 6 (raw), 3 (similarity), 4 (layers), and training."""
     from matplotlib import colormaps
 
-    x_labels = {"redundancy": "leftover (share of neurons)", "similarity": "largest |cos| to another neuron",
+    x_labels = {"redundancy": "leftover wanted (share of neurons)", "similarity": "largest |cos| to another neuron",
                 "layers": "layer", "training": "step"}
     for (dataset, model), runs in read_runs(args.runs, measured=True).items():
         drawn, styles, left = {}, {"v_t": dict(color="#555555", ls=":", zorder=3)}, "share of neurons left"
