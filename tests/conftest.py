@@ -4,5 +4,17 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars among the tests' output
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Most models here are so small that waiting for a second thread costs more than it wins."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -19,15 +19,6 @@ EOT = {"gpt2": 14, "gpt_neo": 3}  # tokens that these models come to write at ma
 both_families = pytest.mark.parametrize("family", EOT)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small lose more by waiting for a second thread than they win."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def random_model(family="gpt2", widths=(), vocab=61, seed=0):
     """A small model with weights so large that its choices are clear, and depend on all that it has read."""
     neo = family == "gpt_neo"

@@ -30,7 +30,8 @@ def load_once(*args, real=data.load):
     if isinstance(loaded, data.Blocks):
         loaded.tokens = loaded.tokens[:2000]
     elif args[1] == "validation":
-        loaded.prompts, loaded.targets, loaded.references = (x[:40] for x in (loaded.prompts, loaded.targets, loaded.references))
+        for name in ("prompts", "targets", "references"):
+            setattr(loaded, name, getattr(loaded, name)[:40])
         loaded.first = {prompt: i for prompt, i in loaded.first.items() if i < 40}
     return loaded
 
@@ -46,7 +47,8 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 def tiny(kind="gpt2", seed=0, widths=(24, 17), scale=2.0, vocab_size=257):
     """A GPT whose weights are large enough for its neurons to differ; two of a layer are alike."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(vocab_size=vocab_size, n_positions=128, n_embd=16, n_layer=2, n_head=2, mlp_widths=widths, **KINDS[kind]))
+    model = GPT(GPTConfig(vocab_size=vocab_size, n_positions=128, n_embd=16, n_layer=2, n_head=2, mlp_widths=widths,
+                          **KINDS[kind]))
     for name, parameter in model.named_parameters():
         if "ln_" not in name:
             parameter.data = parameter.data * scale + 0.1 * torch.randn_like(parameter) * name.endswith("bias")
@@ -75,7 +77,8 @@ def explicit(model, idx, targets):
 
     def norm(x, name):
         centred = x - x.mean(1, keepdim=True)
-        return centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt() * w[name + ".weight"] + w[name + ".bias"]
+        normed = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
+        return normed * w[name + ".weight"] + w[name + ".bias"]
 
     i, j = torch.arange(T)[:, None], torch.arange(T)
     for layer in range(config.n_layer):
@@ -120,7 +123,8 @@ def uniqueness_by_hand(Cs):
         m = len(C)
         neurons += m
         for i in range(m):
-            cosines = [abs(C[i, j]) / (C[i, i] * C[j, j]).sqrt() for j in range(i + 1, m) if C[i, i] > 0 and C[j, j] > 0]
+            later = [j for j in range(i + 1, m) if C[i, i] > 0 and C[j, j] > 0]
+            cosines = [abs(C[i, j]) / (C[i, i] * C[j, j]).sqrt() for j in later]
             duplicates += any(cosine >= 0.8 for cosine in cosines)
     return 1 - duplicates / neurons
 
@@ -201,10 +205,12 @@ def test_copies_planted_in_a_model_are_found():
     mlp = model.h[0].mlp
     unlike = measure.similarity(measure.observe(model, blocks_of())[1][0]).amax(1).argmin().item()
     wider = tiny(widths=(27, 20))
-    wider.load_state_dict({name: value for name, value in model.state_dict().items() if ".0.mlp" not in name}, strict=False)
+    others = {name: value for name, value in model.state_dict().items() if ".0.mlp" not in name}
+    wider.load_state_dict(others, strict=False)
     rows = [*range(24), *[unlike] * 3]
-    wider.h[0].mlp.c_fc.weight.data, wider.h[0].mlp.c_fc.bias.data = mlp.c_fc.weight.data[rows], mlp.c_fc.bias.data[rows]
-    wider.h[0].mlp.c_proj.weight.data, wider.h[0].mlp.c_proj.bias.data = mlp.c_proj.weight.data[:, rows], mlp.c_proj.bias.data
+    c_fc, c_proj = wider.h[0].mlp.c_fc, wider.h[0].mlp.c_proj
+    c_fc.weight.data, c_fc.bias.data = mlp.c_fc.weight.data[rows], mlp.c_fc.bias.data[rows]
+    c_proj.weight.data, c_proj.bias.data = mlp.c_proj.weight.data[:, rows], mlp.c_proj.bias.data
     after = measure.redundancy(measure.observe(wider, blocks_of())[1][:1])[0]["uniqueness"]
     assert 27 * (1 - after) == pytest.approx(24 * (1 - before) + 3)
 
@@ -255,7 +261,7 @@ def assert_teacher_forcing_is_greedy_decoding(model, examples, outcomes):
 
 
 def planted(pairs, block_size, vocab_size, steps=60):
-    """Examples that a small model, briefly trained on some, gets partly right: it learns the first words of the answer."""
+    """Examples that a small model, briefly trained on some, gets partly right: it learns how the answer begins."""
     model = tiny(widths=(64, 64), scale=1.0, vocab_size=vocab_size)
     tok = data.tokenizer(vocab_size)
     examples = data.Examples(pairs, block_size, tok)
@@ -284,8 +290,9 @@ def test_exact_match_by_teacher_forcing_is_greedy_decodings_on_wikisql(monkeypat
     assert_teacher_forcing_is_greedy_decoding(*planted(pairs, 128, 50257, steps=20), {True, False})
 
 
-REFERENCES = [["the cat sat on the mat", "a cat is on the mat today"], ["dogs bark loudly at night", "at night dogs bark",
-              "barking dogs at night are loud"], ["one reference only here it is"]]
+REFERENCES = [["the cat sat on the mat", "a cat is on the mat today"],
+              ["dogs bark loudly at night", "at night dogs bark", "barking dogs at night are loud"],
+              ["one reference only here it is"]]
 WRITTEN = ["the cat is on a mat", "loud dogs bark at night", "one reference here"]
 
 
@@ -319,8 +326,8 @@ def test_texts_are_written_once_per_distinct_prompt_and_have_all_its_references(
 
 
 def run(*flags, model="small", dataset="stdlib", steps=6):
-    common = ["--model", model, "--dataset", dataset, "--steps", steps, "--batch-size", 2, "--block-size", 64, "--lr", 1e-2,
-              "--log-every", 2, "--device", "cpu"]
+    common = ["--model", model, "--dataset", dataset, "--steps", steps, "--batch-size", 2, "--block-size", 64,
+              "--lr", 1e-2, "--log-every", 2, "--device", "cpu"]
     return train.run(train.parse([str(word) for word in [*common, *flags]]))
 
 
@@ -353,7 +360,8 @@ def test_a_run_of_every_method_is_measured(method, kind):
     evaluate("out/run")
     found = measured("out/run")
     assert found["values"]["perplexity"] == pytest.approx(metrics["result"]["val_perplexity"], rel=1e-5)
-    assert found["values"]["leftover"] == metrics["leftover"] and found["leftover_per_layer"] == metrics["leftover_per_layer"]
+    assert found["values"]["leftover"] == metrics["leftover"]
+    assert found["leftover_per_layer"] == metrics["leftover_per_layer"]
     model = GPT.from_pretrained("out/run")
     sensitivity, Cs = measure.observe(model, load_once("stdlib", "train", 257, 64, None, None), first=8)
     assert found["values"]["sensitivity"] == pytest.approx(sensitivity)
@@ -390,7 +398,8 @@ def test_measuring_twice_gives_the_same_bytes():
     measure.measure.cache_clear()
     evaluate("out/gum")
     assert Path("out/gum/measure.json").read_bytes() == first
-    assert sorted(os.listdir("out/gum")) == ["config.json", "log.jsonl", "measure.json", "metrics.json", "model.safetensors"]
+    files = ["config.json", "log.jsonl", "measure.json", "metrics.json", "model.safetensors"]
+    assert sorted(os.listdir("out/gum")) == files
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -429,10 +438,12 @@ def test_outputs_read_back_as_e2e_metrics_reads_them():
 def local_e2e(folder):
     from datasets import Dataset
 
-    rows = [("name[Aromi]", "Aromi is here ."), ("name[Aromi]", "There is Aromi ."), ("name[Zizzi], food[French]", "Zizzi is French .")]
+    rows = [("name[Aromi]", "Aromi is here ."), ("name[Aromi]", "There is Aromi ."),
+            ("name[Zizzi], food[French]", "Zizzi is French .")]
     for split in ("train", "validation"):
         (Path(folder) / split).mkdir(parents=True)
-        table = Dataset.from_dict({"meaning_representation": [a for a, _ in rows], "human_reference": [b for _, b in rows]})
+        meanings, references = zip(*rows)
+        table = Dataset.from_dict({"meaning_representation": meanings, "human_reference": references})
         table.to_parquet(Path(folder) / split / "0000.parquet")
 
 
@@ -478,16 +489,17 @@ def fake(folder, method, leftover, seed, distill=False, value=None, real=None, l
     """A finished run's folder with just what tables and figures read."""
     folder = Path(folder)
     folder.mkdir(parents=True)
-    settings = dict(dataset="toysql", data_config=None, model="small", method=method, distill=distill, leftover=leftover,
-                    seed=seed, lr=0.1) | settings
+    settings = dict(dataset="toysql", data_config=None, model="small", method=method, distill=distill,
+                    leftover=leftover, seed=seed, lr=0.1) | settings
     widths, full = [round(20 * leftover)] * layers, [20] * layers
-    metrics = dict(settings=settings, start=dict(widths=full), result=dict(val_perplexity=5.0 + seed), leftover=real or leftover,
-                   leftover_per_layer=[leftover] * layers)
+    metrics = dict(settings=settings, start=dict(widths=full), result=dict(val_perplexity=5.0 + seed),
+                   leftover=real or leftover, leftover_per_layer=[leftover] * layers)
     (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "log.jsonl").write_text("".join(json.dumps(dict(step=step, loss=9 / step, v=leftover, leftover=leftover,
                                                               widths=widths)) + "\n" for step in range(1, 30)))
     if value is not None:
-        values = dict(exact_match=value, perplexity=3.0, sensitivity=value, uniqueness=0.9, span_uniqueness=None, leftover=leftover)
+        values = dict(exact_match=value, perplexity=3.0, sensitivity=value, uniqueness=0.9, span_uniqueness=None,
+                      leftover=leftover)
         (folder / "measure.json").write_text(json.dumps(dict(
             values=values, ratios=values, counts=[[0] * 5 + [w] + [0] * 4 for w in widths], widths=widths,
             leftover_per_layer=metrics["leftover_per_layer"])))

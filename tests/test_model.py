@@ -22,15 +22,6 @@ transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Most models here are so small that waiting for a second thread costs more than it wins."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # Models with random weights, far larger than an initialisation's, so that a mistake shows in the logits.
 
 

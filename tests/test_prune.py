@@ -26,15 +26,6 @@ METHODS = ("magnitude", "random", "topv", "soft", "gum")
 CLIP = 0.5  # the largest gradient norm: some steps exceed it, some do not
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On tensors this small, threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_model(dtype=torch.float64, seed=0, widths=WIDTHS):
     """A small GPT-2 whose weights and biases are all large enough to matter."""
     config = GPTConfig(vocab_size=11, n_positions=8, n_embd=8, n_layer=len(widths), n_head=2, mlp_widths=widths)
