@@ -116,9 +116,8 @@ def observe(model, examples, tokens=2048, first=None):
     """Sensitivity, and C of each layer, from one pass over a split or its `first` sequences (Appendix E).
 
     Sensitivity = sum_l sum_i |h_i(X) . dL/dh_i(X)|, the mean over sequences X, in nats: the dot product is over X's
-    tokens and L is X's own mean loss, so it does not matter which other sequences share its batch.
-    C = sum over the real tokens of h^T h [k, k]: Algorithm 1 without decay. All layers' at once, in float64, so that no
-    order of summing shows: 8 k^2 bytes each, 0.9 GB for gpt2, 13 GB for GPT-Neo-1.3B.
+    tokens and L is X's own mean loss. C = sum over the real tokens of h^T h [k, k], Algorithm 1 without decay, in
+    float64, so that no order of summing shows: 8 k^2 bytes a layer, 0.9 GB for gpt2, 13 GB for GPT-Neo-1.3B.
     """
     mlps, device, total, count = [block.mlp for block in model.h], model.wte.weight.device, 0.0, 0
     Cs = [torch.zeros(k, k, dtype=torch.float64, device=device) for k in model.config.mlp_widths]
@@ -233,10 +232,10 @@ def measure(path, device, dataset, data_path, data_config, block_size, split, ex
 
 def evaluate(args):
     """Measure runs: write measure.json, and texts in the e2e-metrics format, into their folders; print the values."""
+    flags = "dataset data_path data_config block_size split examples generate beams outputs".split()
     for run in map(read_run, args.runs):
-        flags = "dataset data_path data_config block_size split examples generate beams outputs".split()
-        on = {flag: run.settings.get(flag) if vars(args)[flag] is None else vars(args)[flag] for flag in flags}
-        on["block_size"] = on["block_size"] or run.metrics.get("block_size")
+        known = run.settings | dict(block_size=run.metrics.get("block_size"))
+        on = {flag: known.get(flag) if vars(args)[flag] is None else vars(args)[flag] for flag in flags}
         if not on["dataset"]:
             raise ValueError(f"{run.path} does not say what it was trained on: add --dataset, and --block-size")
         dense = dense_run(run, args.dense)
@@ -329,21 +328,19 @@ def draw(path, panels, styles):
     columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
     rows, handles, peers = -(-len(panels) // columns), {}, {}
     figure = Figure(figsize=(9, 0.7 + 2.5 * rows), layout="constrained")
-    for place, ((title, *labels), curves) in enumerate(panels.items(), 1):
-        peer = peers.get(tuple(labels))
-        ax = peers[tuple(labels)] = figure.add_subplot(rows, columns, place, sharex=peer, sharey=peer)
-        ax.set(title=title, xlabel=labels[0], ylabel=labels[1])
-        ax.xaxis.get_major_locator().set_params(integer=labels[0] in ("layer", "step"))
+    for place, ((title, x_label, y_label), curves) in enumerate(panels.items(), 1):
+        peer = peers.get((x_label, y_label))
+        ax = peers[x_label, y_label] = figure.add_subplot(rows, columns, place, sharex=peer, sharey=peer)
+        ax.set(title=title, xlabel=x_label, ylabel=y_label)
+        ax.xaxis.get_major_locator().set_params(integer=x_label in ("layer", "step"))
         for label, points in curves.items():
-            found = {x: mean_std(ys.values()) for x, ys in sorted(points.items())}
-            points = {x: of_x for x, of_x in found.items() if of_x}
-            if points:
-                means, stds, _ = zip(*points.values())
-                crowded = dict(marker="", elinewidth=0.5, capsize=0) if len(points) > 12 else {}
-                style = dict(capsize=2, mfc="none") | styles[label] | crowded
-                handles[label] = ax.errorbar(list(points), means, stds if any(stds) else None, **style)
-    for labels, ax in peers.items():
-        if labels[1].startswith("share"):  # bars may reach beyond what a share can be
+            xs = sorted(points)
+            means, stds, _ = zip(*(mean_std(points[x].values()) for x in xs))
+            crowded = dict(marker="", elinewidth=0.5, capsize=0) if len(xs) > 12 else {}
+            style = dict(capsize=2, mfc="none") | styles[label] | crowded
+            handles[label] = ax.errorbar(xs, means, stds if any(stds) else None, **style)
+    for (_, y_label), ax in peers.items():
+        if y_label.startswith("share"):  # bars may reach beyond what a share can be
             ax.set_ylim(0, min(1.03, ax.get_ylim()[1]))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -365,7 +362,8 @@ def figures(args):
         def add(figure, title, y_label, curve, xs, ys):
             panel = drawn.setdefault(figure, {}).setdefault((title, x_labels[figure.split("-")[0]], y_label), {})
             for x, y in zip(xs, ys):
-                panel.setdefault(curve, {}).setdefault(x, {})[run.path] = y
+                if y is not None:
+                    panel.setdefault(curve, {}).setdefault(x, {})[run.path] = y
 
         goals = dict.fromkeys(run.goal for run in runs if run.method != "none")
         for run in runs:
@@ -383,8 +381,8 @@ def figures(args):
                     shares = [k / max(sum(counts), 1) for k in counts]
                     add("similarity" + goal, f"layer {n}", "share of neurons", label, middles, shares)
             if run.method != "none":
-                layers, shares = range(1, len(full) + 1), run.metrics["leftover_per_layer"]
-                add("layers", f"leftover {v:g}, {how}", left, label, layers, shares)
+                shares = run.metrics["leftover_per_layer"]
+                add("layers", f"leftover {v:g}, {how}", left, label, range(1, len(full) + 1), shares)
                 log = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
                 steps, loss, v_t, leftover = ([line[key] for line in log] for key in ("step", "loss", "v", "leftover"))
                 add("training" + goal, "all methods", "training loss (nats/token)", label, steps, loss)
