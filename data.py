@@ -20,9 +20,9 @@ import random
 import re
 import sys
 import sysconfig
-import uuid
 import zlib
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,23 +52,22 @@ def load(dataset, split, vocab_size, block_size, path=None, config=None, cache_d
     """
     if dataset not in DATASETS:
         raise ValueError(f"unknown dataset {dataset!r}: --dataset is one of {', '.join(DATASETS)}")
-    hub = DATASETS[dataset]["hub"]
-    if hub is None and (path or config):
+    known = DATASETS[dataset]
+    if not known["hub"] and (path or config):
         raise ValueError(f"{dataset} reads no data files: leave out --data-path and --data-config")
     if path and not Path(path).is_dir():
-        raise FileNotFoundError(f"--data-path {path} is not a folder: give one that holds a copy of {hub}")
+        raise FileNotFoundError(f"--data-path {path} is not a folder: give one that holds a copy of {known['hub']}")
     if block_size < 1:
         raise ValueError(f"a block of {block_size} tokens holds nothing: --block-size must be at least 1")
     tok = tokenizer(vocab_size)
-    if DATASETS[dataset]["metric"] == "perplexity":
+    if known["metric"] == "perplexity":
         documents, fingerprint = stdlib(split) if dataset == "stdlib" else wikitext(split, path, config)
         # Named by a hash of all that decides the content; 2 stands for the code below: raise it when that changes.
         source = repr((2, dataset, split, vocab_size, str(path and Path(path).resolve()), config, fingerprint))
         name = f"{dataset}-{split}-{vocab_size}-{hashlib.sha256(source.encode()).hexdigest()[:16]}.bin"
         tokens = cached(Path(cache_dir) / name, documents, tok)
         if len(tokens) < max(block_size, 2):
-            raise ValueError(f"{dataset} {split} has {len(tokens)} tokens, fewer than one block of {block_size}: "
-                             "choose a smaller --block-size or more data")
+            raise ValueError(f"{dataset} {split} has {len(tokens)} tokens: choose a smaller --block-size, or more data")
         return Blocks(tokens, block_size, tok.eot)
     pairs = toysql(split) if dataset == "toysql" else hub_pairs(dataset, split, path, config)
     examples = Examples(pairs, block_size, tok)
@@ -115,8 +114,7 @@ class Blocks:
         """Blocks number `indices` (B ints): idx, targets, real, each [B, T]. The last block is padded on the right."""
         places = torch.as_tensor(indices)[:, None] * self.block_size + torch.arange(self.block_size + 1)  # [B, T + 1]
         real = places[:, 1:] < len(self.tokens)  # [B, T]; here every real place has a target
-        ids = self.tokens[places.clamp(max=len(self.tokens) - 1).numpy()]  # [B, T + 1]
-        ids = torch.from_numpy(ids.astype(np.int64))
+        ids = torch.tensor(self.tokens[places.clamp(max=len(self.tokens) - 1)], dtype=torch.int64)  # [B, T + 1]
         return ids[:, :-1].where(real, self.eot), ids[:, 1:].where(real, -100), real
 
     def by_length(self):
@@ -140,7 +138,7 @@ class Examples:
             references.setdefault(prompt, []).append(target)
             p, t = tok.encode(prompt), tok.encode(target) + [tok.eot]
             self.sizes.append(len(p) + len(t))
-            if len(p) + len(t) <= block_size:
+            if self.sizes[-1] <= block_size:
                 self.first.setdefault(prompt, len(self.prompts))
                 self.prompts.append(p)
                 self.targets.append(t)
@@ -198,12 +196,11 @@ def wikitext(split, path, config):
 
     def articles():
         article = ""
-        for some in rows.iter(1000):
-            for line in some["text"]:
-                if re.fullmatch(r" = (?!= ).+ = \n", line) and article:  # " = Title = ", not " = = Section = = "
-                    yield article
-                    article = ""
-                article += line
+        for line in rows["text"]:
+            if re.fullmatch(r" = (?!= ).+ = \n", line) and article:  # " = Title = ", not " = = Section = = "
+                yield article
+                article = ""
+            article += line
         yield article
 
     return articles(), rows._fingerprint  # changes with the files' place and age, or the Hub's commit, and the split
@@ -224,12 +221,9 @@ def cached(file, documents, tok):
     for i, document in enumerate(documents):
         stream += np.array([tok.eot] * (i > 0) + tok.encode(document), dtype=np.uint16).tobytes()
     stream += np.uint32(zlib.crc32(stream)).tobytes()
-    beside = file.with_name(f"{file.name}.{uuid.uuid4().hex}")  # a name of its own: others may be writing theirs
-    try:
-        beside.write_bytes(stream)
-        beside.replace(file)
-    finally:
-        beside.unlink(missing_ok=True)  # there only if something went wrong
+    with TemporaryDirectory(dir=file.parent) as beside:  # one of its own: others may be writing theirs
+        Path(beside, "tokens").write_bytes(stream)
+        Path(beside, "tokens").replace(file)
     return np.memmap(file, np.uint16, mode="r")[:-2]
 
 
@@ -265,13 +259,13 @@ def to_sql(header, select, aggregate, conditions):
 def wikisql_release(folder, split):
     """WikiSQL as its authors publish it: questions in {train,dev}.jsonl, headers in {train,dev}.tables.jsonl."""
     name = "train" if split == "train" else "dev"
-    files = questions, _ = folder / f"{name}.jsonl", folder / f"{name}.tables.jsonl"
+    questions, tables = folder / f"{name}.jsonl", folder / f"{name}.tables.jsonl"
+    pairs = []
     try:
-        rows, tables = [[json.loads(line) for line in open(file, encoding="utf-8")] for file in files]
-        headers = {table["id"]: table["header"] for table in tables}
-        asked = [(headers[row["table_id"]], row["question"], row["sql"]) for row in rows]
-        pairs = [(sql_prompt(header, question), to_sql(header, sql["sel"], sql["agg"], sql["conds"]))
-                 for header, question, sql in asked]
+        headers = {table["id"]: table["header"] for table in map(json.loads, open(tables, encoding="utf-8"))}
+        for row in map(json.loads, open(questions, encoding="utf-8")):
+            header, sql = headers[row["table_id"]], row["sql"]
+            pairs.append((sql_prompt(header, row["question"]), to_sql(header, sql["sel"], sql["agg"], sql["conds"])))
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{questions} is not WikiSQL's release: {type(error).__name__} {error}") from error
     if not pairs:
