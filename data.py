@@ -1,17 +1,12 @@
 """Text in, batches of token ids out.
 
-Six data sets, two shapes. `stdlib` and `wikitext` are *language modelling*: one stream of tokens, cut into blocks,
-every token predicted from those before it (`Blocks`). `toysql`, `wikisql`, `samsum` and `e2e` are *prompt -> target*:
-the model reads a prompt, and only the target's tokens count in the loss (`Examples`). For both,
-`load("stdlib", "train", vocab_size=257, block_size=128).batch([0, 1, 2])` gives three tensors
+`stdlib` and `wikitext` are *language modelling*: one stream of tokens, cut into blocks, every token predicted from
+those before it (`Blocks`). `toysql`, `wikisql`, `samsum` and `e2e` are *prompt -> target*: only the target's tokens
+count in the loss (`Examples`). For both, `load("stdlib", "train", 257, 128).batch([0, 1, 2])` gives three tensors
 
     idx      [B, T] int64   what the model reads
     targets  [B, T] int64   what it should say next at each place, -100 where nothing is asked
     real     [B, T] bool    False on padding
-
-`stdlib` and `toysql` are on every machine; the others come from the Hugging Face Hub or a folder with the Hub's layout.
-The tokenizer follows the model's vocabulary: 257 is bytes, 50257 is GPT-2's. Whatever the user can get wrong (a name, a
-path, a column, a block size) ends in a ValueError or an OSError with one line that says what would work.
 """
 
 import hashlib
@@ -29,8 +24,8 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-# Where each data set is, its columns there, and the measure it asks for. The Hub's `wikisql` and `e2e_nlg` are Python
-# scripts, which `datasets` no longer runs; the Hub keeps what they produced on a branch of its own.
+# Where each data set is (None: on every machine), its columns there, and the measure it asks for. The Hub's `wikisql`
+# and `e2e_nlg` are scripts, which `datasets` no longer runs; the Hub keeps what they produced on a branch of its own.
 PARQUET = "refs/convert/parquet"
 DATASETS = {
     "stdlib": dict(hub=None, metric="perplexity"),
@@ -48,7 +43,7 @@ def load(dataset, split, vocab_size, block_size, path=None, config=None, cache_d
     """A split ("train" or "validation") as `Blocks` or `Examples` of at most `block_size` tokens.
 
     `path`, a folder, replaces the Hub; `config` names a configuration of the source; `cache_dir` keeps token streams.
-    Raises ValueError or OSError (FileNotFoundError, ConnectionError) with one line for the user.
+    What the user can get wrong ends in a ValueError or an OSError with one line that says what would work.
     """
     if dataset not in DATASETS:
         raise ValueError(f"unknown dataset {dataset!r}: --dataset is one of {', '.join(DATASETS)}")
@@ -149,10 +144,8 @@ class Examples:
         return len(self.prompts)
 
     def batch(self, indices):
-        """Examples number `indices` (B ints), padded on the right to the longest: idx, targets, real, each [B, T].
-
-        Attention looks only to the left, so no real token ever sees this padding: it changes no result.
-        """
+        """Examples number `indices` (B ints), padded on the right to the longest: idx, targets, real, each [B, T]."""
+        # Attention looks only to the left, so no real token ever sees this padding: it changes no result.
         texts = [torch.tensor(self.prompts[i] + self.targets[i]) for i in indices]
         asked = [torch.tensor([-100] * (len(self.prompts[i]) - 1) + self.targets[i]) for i in indices]
         idx = pad_sequence([text[:-1] for text in texts], True, self.eot)  # [B, T]; a text's last token is never read
@@ -191,7 +184,7 @@ def stdlib(split):
 
 
 def wikitext(split, path, config):
-    """WikiText: (its articles as texts, made one at a time, their fingerprint)."""
+    """WikiText: (its articles as texts, made one at a time, a fingerprint of their files or of the Hub's commit)."""
     rows = read("wikitext", split, path, config)
 
     def articles():
@@ -203,14 +196,13 @@ def wikitext(split, path, config):
             article += line
         yield article
 
-    return articles(), rows._fingerprint  # changes with the files' place and age, or the Hub's commit, and the split
+    return articles(), rows._fingerprint
 
 
 def cached(file, documents, tok):
     """The documents' tokens, end of text between them: a memory map [N] uint16 of `file`, written first if need be.
 
-    The file, tokens and then their CRC-32, is moved into place when written, so it is whole or absent; should it be
-    damaged later, the checksum tells, and it is made anew.
+    The file, tokens and then their CRC-32, is moved into place when written: whole or absent. Damaged, it is made anew.
     """
     if file.exists() and file.stat().st_size >= 4 and file.stat().st_size % 2 == 0:
         stored = np.memmap(file, np.uint16, mode="r")
@@ -280,8 +272,8 @@ def toysql(split, train=20_000, validation=1_000):
         how many team with goal over 312?
         SELECT COUNT teamX FROM table WHERE goalF > 312
 
-    The question lacks the last letter of a column's name, which is drawn anew for every schema: it is in the header.
-    So there is no answering without looking columns up in the header and copying values from the question.
+    The question lacks the last letter of a column's name, which is drawn anew for every schema: so there is no answer
+    without looking columns up in the header.
     """
     rng = random.Random(2023)
     # A table has a column of each of these kinds, in this order. No two nouns end alike, so the byte before the capital

@@ -117,7 +117,7 @@ def observe(model, examples, tokens=2048, first=None):
 
     Sensitivity = sum_l sum_i |h_i(X) . dL/dh_i(X)|, the mean over sequences X, in nats: the dot product is over X's
     tokens and L is X's own mean loss. C = sum over the real tokens of h^T h [k, k], Algorithm 1 without decay, in
-    float64, so that no order of summing shows: 8 k^2 bytes a layer, 0.9 GB for gpt2, 13 GB for GPT-Neo-1.3B.
+    float64, so that no order of summing shows: 8 k^2 bytes a layer, 0.9 GB in all for gpt2, 13 GB for GPT-Neo-1.3B.
     """
     mlps, device, total, count = [block.mlp for block in model.h], model.wte.weight.device, 0.0, 0
     Cs = [torch.zeros(k, k, dtype=torch.float64, device=device) for k in model.config.mlp_widths]
