@@ -86,17 +86,15 @@ def attention_mask(queries, keys, window, start, device):
     """Which of `keys` tokens each of the last `queries` tokens may look at: bool [B or 1, 1, queries, keys - first].
 
     Query i sees key j if 0 <= i - j < `window` (None = no limit) and j >= `start` [B], the row's left padding. Keys
-    before `first`, which no query sees, are left out (`KVCache.append` leaves out the same). None when plain causal
-    attention says the same or hides nothing.
+    before `first`, which no query sees, are left out, as `KVCache.append` does. None: plain causal attention will do.
     """
-    if start is None and (queries == 1 or queries == keys and (window is None or keys <= window)):
+    window = keys if window is None else window
+    if start is None and (queries == 1 or queries == keys <= window):
         return None
-    first = 0 if window is None else max(0, keys - queries - window + 1)
+    first = max(0, keys - queries - window + 1)
     i = torch.arange(keys - queries, keys, device=device)[:, None]
     j = torch.arange(first, keys, device=device)
-    seen = (j <= i)[None]  # [1, queries, keys - first]
-    if window is not None:
-        seen = seen & (i - j < window)
+    seen = ((j <= i) & (i - j < window))[None]  # [1, queries, keys - first]
     if start is not None:
         # A padding token sees itself, so that no row of the softmax is empty; nobody reads what it computes.
         seen = seen & (j >= start[:, None, None]) | (j == i)  # [B, queries, keys - first]
