@@ -212,12 +212,11 @@ class GPT(nn.Module):
                  no_repeat_ngram=0, eot=None, generator=None):
         """Continue `prompts`, lists of token ids of any lengths, by up to `max_new_tokens` each; returns the new ones.
 
-        Tokens are drawn one by one from softmax(logits / temperature), among the `top_k` likeliest, and of those the
-        fewest whose probabilities reach `top_p` together; temperature 0 takes the likeliest. With `beams` > 1 nothing
-        is drawn: beam search looks for the continuation with the highest log-probability / tokens^length_penalty.
-        No `no_repeat_ngram` tokens in a row (0: no limit) come twice in a prompt with its continuation, which ends
-        before the token `eot` (None: never) and where the context is full. Prompts do not influence each other, but
-        share the random numbers. Raises ValueError for a prompt that is empty or longer than the context.
+        Tokens are drawn from softmax(logits / temperature), among the `top_k` likeliest, and of those the fewest whose
+        probabilities reach `top_p` together; temperature 0 takes the likeliest. With `beams` > 1, beam search looks for
+        the highest log-probability / tokens^length_penalty instead. No `no_repeat_ngram` tokens in a row (0: no limit)
+        come twice in a prompt with its continuation, which ends before the token `eot` (None: never) and where the
+        context is full. Prompts share only the random numbers. Raises ValueError for an empty or too long prompt.
         """
         n_positions = self.config.n_positions
         for prompt in prompts:
@@ -225,21 +224,16 @@ class GPT(nn.Module):
                 raise ValueError(f"a prompt has {len(prompt)} tokens; this model continues 1 to {n_positions}")
         if beams < 1 or temperature < 0 or not (top_k is None or top_k >= 1) or not (top_p is None or 0 < top_p <= 1):
             raise ValueError("generation wants beams >= 1, temperature >= 0, top_k >= 1 and 0 < top_p <= 1")
-        outputs = [[] for _ in prompts]
         room = [min(max_new_tokens, n_positions - len(prompt)) for prompt in prompts]
-        begun = [i for i in range(len(prompts)) if room[i] > 0]
-        if begun:
-            longest, room = max(len(prompts[i]) for i in begun), [room[i] for i in begun]
-            idx = torch.tensor([[-1] * (longest - len(prompts[i])) + list(prompts[i]) for i in begun],
-                               device=self.wte.weight.device)  # [B, T], left-padded with -1, which no token is
-            cache = KVCache(self.config, (idx < 0).sum(1), longest + max(room), self.wte.weight.dtype)
-            if beams > 1:
-                new = self.beam_search(idx, cache, room, beams, length_penalty, no_repeat_ngram, eot)
-            else:
-                new = self.sample(idx, cache, room, (temperature, top_k, top_p, generator), no_repeat_ngram, eot)
-            for i, tokens in zip(begun, new):
-                outputs[i] = tokens
-        return outputs
+        live = [i for i in range(len(prompts)) if room[i] > 0]  # row r of the batch is prompt live[r]
+        if not live:
+            return [[] for _ in prompts]
+        idx = nn.utils.rnn.pad_sequence([torch.tensor(prompts[i]) for i in live], batch_first=True, padding_side="left",
+                                        padding_value=-1).to(self.wte.weight.device)  # [B, T]; no token is -1
+        cache = KVCache(self.config, (idx < 0).sum(1), idx.size(1) + max(room), self.wte.weight.dtype)
+        if beams > 1:
+            return self.beam_search(idx, cache, live, room, beams, length_penalty, no_repeat_ngram, eot)
+        return self.sample(idx, cache, live, room, (temperature, top_k, top_p, generator), no_repeat_ngram, eot)
 
     def next_logits(self, idx, cache):
         """Logits [B, V] of the token after `idx` [B, T], which continues what `cache` holds (-1 = left padding)."""
@@ -247,40 +241,38 @@ class GPT(nn.Module):
         x = self.features(idx.clamp(min=0), cache, start)[:, -1]  # [B, T] -> [B, d]: only the last token is continued
         return F.linear(x, self.wte.weight).float()  # [B, V]
 
-    def sample(self, idx, cache, room, how, no_repeat_ngram, eot):
-        """Continue row i of `idx` [B, T] by up to `room[i]` tokens, chosen by `pick(logits, *how)`; their lists."""
-        outputs, live = [[] for _ in room], list(range(len(room)))  # row r of the batch belongs to outputs[live[r]]
-        new = idx
-        while True:
+    def sample(self, idx, cache, live, room, how, no_repeat_ngram, eot):
+        """Continue prompts i in `live`, rows of `idx` [B, T], by up to `room[i]` tokens from `pick(logits, *how)`."""
+        outputs, new = [[] for _ in room], idx
+        while live:
             logits = ban_repeats(self.next_logits(new, cache), idx, no_repeat_ngram)  # [B, V]
             new = pick(logits, *how)[:, None]  # [B, 1]
             idx = torch.cat([idx, new], dim=1)
             going = []
-            for row, token in enumerate(new[:, 0].tolist()):
+            for row, (i, token) in enumerate(zip(live, new[:, 0].tolist())):
                 if token != eot:
-                    outputs[live[row]].append(token)
-                    if len(outputs[live[row]]) < room[live[row]]:
+                    outputs[i].append(token)
+                    if len(outputs[i]) < room[i]:
                         going.append(row)
-            if not going:
-                return outputs
-            if len(going) < len(live):  # finished rows leave the batch: they cost time, and the longest, the context
-                live = [live[row] for row in going]
+            if 0 < len(going) < len(live):  # finished rows leave: they cost time, and the longest, the context
                 idx, new = idx[going], new[going]
                 cache.select(going)
+            live = [live[row] for row in going]
+        return outputs
 
-    def beam_search(self, idx, cache, room, beams, length_penalty, no_repeat_ngram, eot):
-        """The best continuation found for each row of `idx` [B, T], row i's of up to `room[i]` tokens; their lists.
+    def beam_search(self, idx, cache, live, room, beams, length_penalty, no_repeat_ngram, eot):
+        """The best continuations found of prompts i in `live`, rows of `idx` [B, T], by up to `room[i]` tokens each.
 
         Keeps the `beams` likeliest unfinished continuations of each prompt and the `beams` best finished ones, and
         stops when the likeliest of the former, were it to end now, would not be among the latter.
         """
-        live, finished = list(range(len(room))), [[] for _ in room]
+        finished = [[(-torch.inf, [])] * beams for _ in room]  # (score, tokens), best first
         logits = self.next_logits(idx, cache)
-        copies = torch.arange(len(room), device=idx.device).repeat_interleave(beams)
+        copies = torch.arange(len(live), device=idx.device).repeat_interleave(beams)
         idx, logits = idx[copies], logits[copies]  # from here on, B = prompts * beams: a prompt's beams are neighbours
         cache.select(copies)
         # A prompt's beams start out the same: only the first may be continued, or all would stay the same.
-        scores = torch.tensor([0.0] + [-torch.inf] * (beams - 1), device=idx.device).repeat(len(room))  # [B]
+        scores = torch.tensor([0.0] + [-torch.inf] * (beams - 1), device=idx.device).repeat(len(live))  # [B]
         for n in range(1, max(room) + 1):  # the n-th new token
             log_probs = ban_repeats(logits.log_softmax(-1), idx, no_repeat_ngram)  # [B, V]
             totals = (scores[:, None] + log_probs).view(len(live), -1)  # [B, V] -> [prompts, beams * V]
@@ -293,13 +285,11 @@ class GPT(nn.Module):
                     row, token = p * beams + where // log_probs.size(1), where % log_probs.size(1)
                     if token != eot and n < room[i]:
                         running.append((score, row, token))
-                    elif rank < beams and score > -torch.inf:
+                    elif rank < beams:
                         tokens = idx[row, idx.size(1) - n + 1 :].tolist() + [token] * (token != eot)
                         finished[i].append((score / n**length_penalty, tokens))
-                finished[i] = sorted(finished[i], key=lambda it: -it[0])[:beams]
-                likeliest = running[0][0] if running else -torch.inf
-                full = len(finished[i]) == beams
-                if likeliest > -torch.inf and not (full and likeliest / n**length_penalty <= finished[i][-1][0]):
+                finished[i] = sorted(finished[i], key=lambda pair: -pair[0])[:beams]
+                if running and running[0][0] / n**length_penalty > finished[i][-1][0]:
                     going.append(i)
                     chosen += running[:beams]
             if not going:
