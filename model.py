@@ -12,12 +12,14 @@ import os
 import re
 import shutil
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import safe_open
 
 
 @dataclass
@@ -86,17 +88,15 @@ def attention_mask(queries, keys, window, start, device):
     """Which of `keys` tokens each of the last `queries` tokens may look at: bool [B or 1, 1, queries, keys - first].
 
     Query i sees key j if 0 <= i - j < `window` (None = no limit) and j >= `start` [B], the row's left padding. Keys
-    before `first`, which no query sees, are left out (`KVCache.append` leaves out the same). None when plain causal
-    attention says the same or hides nothing.
+    before `first`, which no query sees, are left out, as `KVCache.append` does. None: plain causal attention will do.
     """
-    if start is None and (queries == 1 or queries == keys and (window is None or keys <= window)):
+    window = keys if window is None else window
+    if start is None and (queries == 1 or queries == keys <= window):
         return None
-    first = 0 if window is None else max(0, keys - queries - window + 1)
+    first = max(0, keys - queries - window + 1)
     i = torch.arange(keys - queries, keys, device=device)[:, None]
     j = torch.arange(first, keys, device=device)
-    seen = (j <= i)[None]  # [1, queries, keys - first]
-    if window is not None:
-        seen = seen & (i - j < window)
+    seen = ((j <= i) & (i - j < window))[None]  # [1, queries, keys - first]
     if start is not None:
         # A padding token sees itself, so that no row of the softmax is empty; nobody reads what it computes.
         seen = seen & (j >= start[:, None, None]) | (j == i)  # [B, queries, keys - first]
@@ -214,12 +214,11 @@ class GPT(nn.Module):
                  no_repeat_ngram=0, eot=None, generator=None):
         """Continue `prompts`, lists of token ids of any lengths, by up to `max_new_tokens` each; returns the new ones.
 
-        Tokens are drawn one by one from softmax(logits / temperature), among the `top_k` likeliest, and of those the
-        fewest whose probabilities reach `top_p` together; temperature 0 takes the likeliest. With `beams` > 1 nothing
-        is drawn: beam search looks for the continuation with the highest log-probability / tokens^length_penalty.
-        No `no_repeat_ngram` tokens in a row (0: no limit) come twice in a prompt with its continuation, which ends
-        before the token `eot` (None: never) and where the context is full. Prompts do not influence each other, but
-        share the random numbers. Raises ValueError for a prompt that is empty or longer than the context.
+        Tokens are drawn from softmax(logits / temperature), among the `top_k` likeliest, and of those the fewest whose
+        probabilities reach `top_p` together; temperature 0 takes the likeliest. With `beams` > 1, beam search looks for
+        the highest log-probability / tokens^length_penalty instead. No `no_repeat_ngram` tokens in a row (0: no limit)
+        come twice in a prompt with its continuation, which ends before the token `eot` (None: never) and where the
+        context is full. Prompts share only the random numbers. Raises ValueError for an empty or too long prompt.
         """
         n_positions = self.config.n_positions
         for prompt in prompts:
@@ -227,21 +226,16 @@ class GPT(nn.Module):
                 raise ValueError(f"a prompt has {len(prompt)} tokens; this model continues 1 to {n_positions}")
         if beams < 1 or temperature < 0 or not (top_k is None or top_k >= 1) or not (top_p is None or 0 < top_p <= 1):
             raise ValueError("generation wants beams >= 1, temperature >= 0, top_k >= 1 and 0 < top_p <= 1")
-        outputs = [[] for _ in prompts]
         room = [min(max_new_tokens, n_positions - len(prompt)) for prompt in prompts]
-        begun = [i for i in range(len(prompts)) if room[i] > 0]
-        if begun:
-            longest, room = max(len(prompts[i]) for i in begun), [room[i] for i in begun]
-            idx = torch.tensor([[-1] * (longest - len(prompts[i])) + list(prompts[i]) for i in begun],
-                               device=self.wte.weight.device)  # [B, T], left-padded with -1, which no token is
-            cache = KVCache(self.config, (idx < 0).sum(1), longest + max(room), self.wte.weight.dtype)
-            if beams > 1:
-                new = self.beam_search(idx, cache, room, beams, length_penalty, no_repeat_ngram, eot)
-            else:
-                new = self.sample(idx, cache, room, (temperature, top_k, top_p, generator), no_repeat_ngram, eot)
-            for i, tokens in zip(begun, new):
-                outputs[i] = tokens
-        return outputs
+        live = [i for i in range(len(prompts)) if room[i] > 0]  # row r of the batch is prompt live[r]
+        if not live:
+            return [[] for _ in prompts]
+        idx = nn.utils.rnn.pad_sequence([torch.tensor(prompts[i]) for i in live], batch_first=True, padding_side="left",
+                                        padding_value=-1).to(self.wte.weight.device)  # [B, T]; no token is -1
+        cache = KVCache(self.config, (idx < 0).sum(1), idx.size(1) + max(room), self.wte.weight.dtype)
+        if beams > 1:
+            return self.beam_search(idx, cache, live, room, beams, length_penalty, no_repeat_ngram, eot)
+        return self.sample(idx, cache, live, room, (temperature, top_k, top_p, generator), no_repeat_ngram, eot)
 
     def next_logits(self, idx, cache):
         """Logits [B, V] of the token after `idx` [B, T], which continues what `cache` holds (-1 = left padding)."""
@@ -249,40 +243,38 @@ class GPT(nn.Module):
         x = self.features(idx.clamp(min=0), cache, start)[:, -1]  # [B, T] -> [B, d]: only the last token is continued
         return F.linear(x, self.wte.weight).float()  # [B, V]
 
-    def sample(self, idx, cache, room, how, no_repeat_ngram, eot):
-        """Continue row i of `idx` [B, T] by up to `room[i]` tokens, chosen by `pick(logits, *how)`; their lists."""
-        outputs, live = [[] for _ in room], list(range(len(room)))  # row r of the batch belongs to outputs[live[r]]
-        new = idx
-        while True:
+    def sample(self, idx, cache, live, room, how, no_repeat_ngram, eot):
+        """Continue prompts i in `live`, rows of `idx` [B, T], by up to `room[i]` tokens from `pick(logits, *how)`."""
+        outputs, new = [[] for _ in room], idx
+        while live:
             logits = ban_repeats(self.next_logits(new, cache), idx, no_repeat_ngram)  # [B, V]
             new = pick(logits, *how)[:, None]  # [B, 1]
             idx = torch.cat([idx, new], dim=1)
             going = []
-            for row, token in enumerate(new[:, 0].tolist()):
+            for row, (i, token) in enumerate(zip(live, new[:, 0].tolist())):
                 if token != eot:
-                    outputs[live[row]].append(token)
-                    if len(outputs[live[row]]) < room[live[row]]:
+                    outputs[i].append(token)
+                    if len(outputs[i]) < room[i]:
                         going.append(row)
-            if not going:
-                return outputs
-            if len(going) < len(live):  # finished rows leave the batch: they cost time, and the longest, the context
-                live = [live[row] for row in going]
+            if 0 < len(going) < len(live):  # finished rows leave: they cost time, and the longest, the context
                 idx, new = idx[going], new[going]
                 cache.select(going)
+            live = [live[row] for row in going]
+        return outputs
 
-    def beam_search(self, idx, cache, room, beams, length_penalty, no_repeat_ngram, eot):
-        """The best continuation found for each row of `idx` [B, T], row i's of up to `room[i]` tokens; their lists.
+    def beam_search(self, idx, cache, live, room, beams, length_penalty, no_repeat_ngram, eot):
+        """The best continuations found of prompts i in `live`, rows of `idx` [B, T], by up to `room[i]` tokens each.
 
         Keeps the `beams` likeliest unfinished continuations of each prompt and the `beams` best finished ones, and
         stops when the likeliest of the former, were it to end now, would not be among the latter.
         """
-        live, finished = list(range(len(room))), [[] for _ in room]
+        finished = [[(-torch.inf, [])] * beams for _ in room]  # (score, tokens), best first
         logits = self.next_logits(idx, cache)
-        copies = torch.arange(len(room), device=idx.device).repeat_interleave(beams)
+        copies = torch.arange(len(live), device=idx.device).repeat_interleave(beams)
         idx, logits = idx[copies], logits[copies]  # from here on, B = prompts * beams: a prompt's beams are neighbours
         cache.select(copies)
         # A prompt's beams start out the same: only the first may be continued, or all would stay the same.
-        scores = torch.tensor([0.0] + [-torch.inf] * (beams - 1), device=idx.device).repeat(len(room))  # [B]
+        scores = torch.tensor([0.0] + [-torch.inf] * (beams - 1), device=idx.device).repeat(len(live))  # [B]
         for n in range(1, max(room) + 1):  # the n-th new token
             log_probs = ban_repeats(logits.log_softmax(-1), idx, no_repeat_ngram)  # [B, V]
             totals = (scores[:, None] + log_probs).view(len(live), -1)  # [B, V] -> [prompts, beams * V]
@@ -295,13 +287,11 @@ class GPT(nn.Module):
                     row, token = p * beams + where // log_probs.size(1), where % log_probs.size(1)
                     if token != eot and n < room[i]:
                         running.append((score, row, token))
-                    elif rank < beams and score > -torch.inf:
+                    elif rank < beams:
                         tokens = idx[row, idx.size(1) - n + 1 :].tolist() + [token] * (token != eot)
                         finished[i].append((score / n**length_penalty, tokens))
-                finished[i] = sorted(finished[i], key=lambda it: -it[0])[:beams]
-                likeliest = running[0][0] if running else -torch.inf
-                full = len(finished[i]) == beams
-                if likeliest > -torch.inf and not (full and likeliest / n**length_penalty <= finished[i][-1][0]):
+                finished[i] = sorted(finished[i], key=lambda pair: -pair[0])[:beams]
+                if running and running[0][0] / n**length_penalty > finished[i][-1][0]:
                     going.append(i)
                     chosen += running[:beams]
             if not going:
@@ -318,39 +308,33 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_dir):
         """Load a model in Hugging Face's format from a local folder or by its name on the Hub (float32, on the CPU).
 
-        Reads `config.json` with `model.safetensors`, its shards and index, or `pytorch_model.bin` (never running
-        pickled code), one tensor at a time, so that memory peaks at the model plus its largest tensor. Raises
-        FileNotFoundError where there is no model, ConnectionError if the Hub cannot be reached, and ValueError for what
-        is not exactly a GPT-2 or GPT-Neo that this file defines, naming the keys that are missing or left over.
+        Memory peaks at the model plus its largest tensor. Raises FileNotFoundError where there is no model,
+        ConnectionError if the Hub cannot be reached, and ValueError for what is not exactly a GPT-2 or GPT-Neo that
+        this file defines, naming the tensors that are missing or left over.
         """
         folder = Path(name_or_dir) if os.path.isdir(name_or_dir) else download(str(name_or_dir))
         config = read_config(folder)
-        with torch.device("meta"), warnings.catch_warnings():  # shapes without memory, replaced by the tensors read
+        with torch.device("meta"), warnings.catch_warnings():  # shapes alone: no time to initialise, no random numbers
             warnings.simplefilter("ignore")  # torch remarks that a layer without neurons has nothing to initialise
             model = cls(config)
-        tensors = Tensors(folder)
-        missing = []
-        for name, parameter in list(model.named_parameters()):
-            sources = hf_names(name, config)
-            if not all(source in tensors.names for source in sources):
-                missing += [source for source in sources if source not in tensors.names]
-                continue
-            parts = [tensors.read(source) for source in sources]
-            tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-            if is_transposed(name, config):
-                tensor = tensor.t()
-            if tensor.shape != parameter.shape:
-                raise ValueError(f"{folder}: {sources[0]} has shape {list(tensor.shape)}, its config.json says "
-                                 f"{list(parameter.shape)}")
-            module, _, leaf = name.rpartition(".")
-            value = tensor.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
-            setattr(model.get_submodule(module), leaf, nn.Parameter(value))
-        if missing:
-            raise ValueError(f"{folder}: its weights lack {', '.join(missing)}")
-        if "lm_head.weight" in tensors.names and not tensors.read("lm_head.weight").float().equal(model.wte.weight):
+        wanted = hf_views(model.to_empty(device="cpu").state_dict(), config)
+        left = {}  # read, but not wanted
+        for name, tensor in read_tensors(folder):
+            view = wanted.pop(name, None)
+            if view is None:
+                left[name] = tensor
+            elif tensor.shape == view.shape:
+                view.copy_(tensor)
+            else:
+                raise ValueError(f"{folder}: {name} has shape {list(tensor.shape)}, config.json has {list(view.shape)}")
+        if wanted:
+            raise ValueError(f"{folder}: its weights lack {', '.join(wanted)}")
+        if not left.pop("lm_head.weight", model.wte.weight).float().equal(model.wte.weight):
             raise ValueError(f"{folder}: lm_head.weight differs from wte.weight; only tied output heads are known here")
-        if tensors.names:
-            raise ValueError(f"{folder}: its weights hold {', '.join(sorted(tensors.names))}, which nothing here reads")
+        masks = re.compile(r"h\.\d+\.attn\.(attention\.)?(masked_)?bias")  # older releases wrote them as well
+        unknown = [name for name in left if not masks.fullmatch(name)]
+        if unknown:
+            raise ValueError(f"{folder}: its weights hold {', '.join(sorted(unknown))}, which nothing here reads")
         return model
 
     def save_pretrained(self, folder, pad=False):
@@ -360,26 +344,20 @@ class GPT(nn.Module):
         neurons to the widest one's width: the same function, larger, which any Hugging Face loader reads. Both files
         are written beside and then moved into place, so neither is ever torn.
         """
-        from safetensors.torch import save_file
-
-        config = self.config
-        width = max(max(config.mlp_widths), 1)  # other loaders expect at least one neuron
-        state = {}
-        for name, tensor in self.state_dict().items():
-            if pad and ".mlp.c_fc." in name:
-                tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, width - tensor.size(0)))
-            elif pad and name.endswith(".mlp.c_proj.weight"):
-                tensor = F.pad(tensor, (0, width - tensor.size(1)))
-            if is_transposed(name, config):
-                tensor = tensor.t()
-            sources = hf_names(name, config)
-            for source, part in zip(sources, tensor.chunk(len(sources))):
-                state["transformer." + source] = part.contiguous()
-        settings = config_to_hf(config, (width,) * config.n_layer if pad else config.mlp_widths)
+        config, state = self.config, self.state_dict()
+        if pad:
+            width = max(1, *config.mlp_widths)  # other loaders expect at least one neuron
+            config = replace(config, mlp_widths=(width,) * config.n_layer)
+            for name, tensor in state.items():
+                if ".mlp.c_fc." in name:
+                    state[name] = F.pad(tensor.t(), (0, width - len(tensor))).t()  # [m, d] or [m]
+                elif name.endswith(".mlp.c_proj.weight"):
+                    state[name] = F.pad(tensor, (0, width - tensor.size(1)))  # [d, m]
+        tensors = {"transformer." + name: view.contiguous() for name, view in hf_views(state, config).items()}
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(state, folder / "model.safetensors.tmp", metadata={"format": "pt"})
-        (folder / "config.json.tmp").write_text(json.dumps(settings, indent=2) + "\n")
+        safetensors.torch.save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
+        (folder / "config.json.tmp").write_text(json.dumps(config_to_hf(config), indent=2) + "\n")
         shutil.copymode(folder / "config.json.tmp", folder / "model.safetensors.tmp")  # safetensors' own is private
         for file in ("model.safetensors", "config.json"):
             os.replace(folder / (file + ".tmp"), folder / file)
@@ -415,11 +393,10 @@ def ban_repeats(scores, idx, n):
 
 # From here on: Hugging Face's file format.
 
-# What GPT-2 and GPT-Neo call the same thing, in this file's order of fields.
-GPT2_KEYS = dict(n_positions="n_positions", n_embd="n_embd", n_layer="n_layer", n_head="n_head", inner="n_inner",
-                 activation="activation_function")
-NEO_KEYS = dict(n_positions="max_position_embeddings", n_embd="hidden_size", n_layer="num_layers", n_head="num_heads",
-                inner="intermediate_size", activation="activation_function")
+# What config.json calls these fields of ours, and after them the width of all MLPs.
+FIELDS = ("n_positions", "n_embd", "n_layer", "n_head")
+KEYS = {"gpt2": (*FIELDS, "n_inner"),
+        "gpt_neo": ("max_position_embeddings", "hidden_size", "num_layers", "num_heads", "intermediate_size")}
 
 
 def read_config(folder):
@@ -430,112 +407,91 @@ def read_config(folder):
     try:
         hf = json.loads(path.read_text())
         kind = hf.get("model_type")
-        if kind not in ("gpt2", "gpt_neo"):
+        if kind not in KEYS:
             raise ValueError(f"model_type is {kind!r}; gpt2 and gpt_neo are known")
-        keys = GPT2_KEYS if kind == "gpt2" else NEO_KEYS
-        fields = {field: hf[keys[field]] for field in ("n_positions", "n_embd", "n_layer", "n_head")}
-        if hf.get(keys["activation"], "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
-            raise ValueError(f"{keys['activation']} is {hf[keys['activation']]!r}; gelu_new is known")
+        activation = hf.get("activation_function", "gelu_new")
+        if activation not in ("gelu_new", "gelu_pytorch_tanh"):
+            raise ValueError(f"activation_function is {activation!r}; gelu_new is known")
         if hf.get("tie_word_embeddings") is False or hf.get("scale_attn_by_inverse_layer_idx"):
             raise ValueError("untied output heads and scale_attn_by_inverse_layer_idx are not known")
-        n_layer = fields["n_layer"]
-        inner = hf.get(keys["inner"])
-        widths = hf.get("mlp_widths") or (() if inner is None else (inner,) * n_layer)
-        windows = ()
-        if kind == "gpt_neo":
-            layers = hf.get("attention_layers") or [a for names, n in hf["attention_types"] for a in names * n]
-            windows = tuple(hf.get("window_size", 256) if a == "local" else None for a in layers)
+        fields = {field: hf[key] for field, key in zip(FIELDS, KEYS[kind])}
+        width = hf.get(KEYS[kind][-1])
+        widths = hf.get("mlp_widths") or (() if width is None else (width,) * fields["n_layer"])
+        layers = [] if kind == "gpt2" else [name for names, n in hf["attention_types"] for name in names * n]
+        windows = [hf.get("window_size", 256) if name == "local" else None for name in layers]
         return GPTConfig(vocab_size=hf["vocab_size"], **fields, model_type=kind, windows=windows, mlp_widths=widths,
                          attn_scaled=kind == "gpt2" and hf.get("scale_attn_weights", True), qkv_bias=kind == "gpt2",
                          layer_norm_epsilon=float(hf.get("layer_norm_epsilon", 1e-5)))
-    except KeyError as error:
-        raise ValueError(f"{path}: {error} is missing") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path}: {reason}") from error
 
 
-def config_to_hf(config, widths):
-    """`config` as the dict that goes into config.json, for MLPs of `widths` (equal ones make a plain n_inner)."""
-    gpt2 = config.model_type == "gpt2"
-    keys = GPT2_KEYS if gpt2 else NEO_KEYS
-    hf = {"architectures": ["GPT2LMHeadModel" if gpt2 else "GPTNeoForCausalLM"], "model_type": config.model_type,
-          "vocab_size": config.vocab_size, "layer_norm_epsilon": config.layer_norm_epsilon, "tie_word_embeddings": True,
-          "bos_token_id": config.vocab_size - 1, "eos_token_id": config.vocab_size - 1, "torch_dtype": "float32",
-          keys["activation"]: "gelu_new", keys["inner"]: max(widths)}
-    hf |= {keys[field]: getattr(config, field) for field in ("n_positions", "n_embd", "n_layer", "n_head")}
-    if gpt2:
-        hf["scale_attn_weights"] = config.attn_scaled
-    else:
-        kinds = ["global" if window is None else "local" for window in config.windows]
-        hf |= {"attention_types": [[[kind], 1] for kind in kinds], "attention_layers": kinds,
-               "window_size": next(filter(None, config.windows), 256)}
+def config_to_hf(config):
+    """`config` as the dict that goes into config.json, with `mlp_widths` only where they differ."""
+    kind, widths, end = config.model_type, config.mlp_widths, config.vocab_size - 1
+    hf = {"architectures": ["GPT2LMHeadModel" if kind == "gpt2" else "GPTNeoForCausalLM"], "model_type": kind,
+          "vocab_size": config.vocab_size, "bos_token_id": end, "eos_token_id": end, "torch_dtype": "float32",
+          "activation_function": "gelu_new", "layer_norm_epsilon": config.layer_norm_epsilon,
+          "tie_word_embeddings": True, KEYS[kind][-1]: max(widths)}
+    hf |= {key: getattr(config, field) for field, key in zip(FIELDS, KEYS[kind])}
     if len(set(widths)) > 1:
         hf["mlp_widths"] = list(widths)
-    return hf
+    if kind == "gpt2":
+        return hf | {"scale_attn_weights": config.attn_scaled}
+    layers = ["global" if window is None else "local" for window in config.windows]
+    return hf | {"attention_types": [[[layer], 1] for layer in layers], "attention_layers": layers,
+                 "window_size": next(filter(None, config.windows), 256)}
 
 
-def hf_names(name, config):
-    """What Hugging Face calls our parameter `name`; GPT-Neo keeps query, key and value apart."""
-    if config.model_type == "gpt_neo":
-        if ".attn.c_attn." in name:
-            return [name.replace("attn.c_attn", f"attn.attention.{part}_proj") for part in "qkv"]
-        name = name.replace("attn.c_proj", "attn.attention.out_proj")
-    return [name]
+def hf_views(tensors, config):
+    """Views of our parameters, `tensors` by name, with the names and the layout that they have in Hugging Face's files.
 
-
-def is_transposed(name, config):
-    """GPT-2's files hold the weights of its linear layers as [in, out] (`Conv1D`)."""
-    return config.model_type == "gpt2" and re.search(r"\.c_(attn|proj|fc)\.weight$", name) is not None
-
-
-class Tensors:
-    """The tensors in a folder's weights files, each read once, by name (without the `transformer.` prefix).
-
-    `names` are those not read yet, known buffers aside. Raises FileNotFoundError or ValueError.
+    GPT-2's hold the weights of its linear layers as [in, out] (`Conv1D`); GPT-Neo's keep query, key and value apart.
     """
-
-    BUFFERS = re.compile(r"h\.\d+\.attn\.(attention\.)?(bias|masked_bias)$")
-
-    def __init__(self, folder):
-        self.file_of, self.bin = {}, (None, {})
-        files = [name + index for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")]
-        path = next((Path(folder) / file for file in files if (Path(folder) / file).is_file()), None)
-        if path is None:
-            raise FileNotFoundError(f"{folder} holds no model: there is none of {', '.join(files)} in it")
-        if path.suffix == ".json":
-            try:
-                index = {name: path.parent / file for name, file in json.loads(path.read_text())["weight_map"].items()}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path} can't be read as an index of weights: {error}") from error
+    views = {}
+    for name, tensor in tensors.items():
+        if config.model_type == "gpt2":
+            views[name] = tensor.t() if ".c_" in name else tensor  # (a bias is its own transpose)
+        elif ".attn.c_attn." in name:
+            for part, view in zip("qkv", tensor.chunk(3)):
+                views[name.replace("attn.c_attn", f"attn.attention.{part}_proj")] = view
         else:
-            index = {name: path for name in self.open(path)}
-        for name, file in index.items():
-            self.file_of[name.removeprefix("transformer.")] = (file, name)
-        self.names = {name for name in self.file_of if not self.BUFFERS.match(name)}
+            views[name.replace("attn.c_proj", "attn.attention.out_proj")] = tensor
+    return views
 
-    def read(self, name):
-        self.names.remove(name)
-        file, full_name = self.file_of[name]
-        return self.open(file, full_name)
 
-    def open(self, file, name=None):
-        """The tensor `name` of a weights file; without a name, the names in it."""
-        from safetensors import safe_open
+def read_tensors(folder):
+    """Yields the name (without `transformer.`) and value of each tensor in the weights files of `folder`.
 
+    No pickled code is run. Raises FileNotFoundError or ValueError.
+    """
+    files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    path = next((folder / file for file in files if (folder / file).is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{folder} holds no model: there is none of {', '.join(files)} in it")
+    names_in = {path: None}  # what to read from each file, None = all
+    if path.suffix == ".json":
+        try:
+            names_in = {}
+            for name, file in json.loads(path.read_text())["weight_map"].items():
+                names_in.setdefault(folder / file, []).append(name)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} can't be read as an index of weights: {error}") from error
+    for file, names in names_in.items():
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing, which holds part of the model's weights")
         try:
             if file.suffix == ".safetensors":
-                # Opened anew for each tensor: what an open file has mapped counts as our memory until it is closed.
-                with safe_open(file, framework="pt") as weights:
-                    return weights.keys() if name is None else weights.get_tensor(name).clone()
-            if self.bin[0] != file:  # the one .bin file in memory; its tensors leave it as they are read
-                self.bin = (file, None)
+                for name in names or safe_open(file, framework="pt").keys():
+                    # Opened anew for each tensor: what was read of an open file is in our memory until it is closed.
+                    yield name.removeprefix("transformer."), safe_open(file, framework="pt").get_tensor(name)
+            else:
                 tensors = torch.load(file, map_location="cpu", weights_only=True)
-                if not all(isinstance(key, str) and torch.is_tensor(tensors[key]) for key in tensors):
+                if not all(isinstance(name, str) and torch.is_tensor(tensors[name]) for name in tensors):
                     raise TypeError("it does not hold tensors by name")
-                self.bin = (file, tensors)
-            return list(self.bin[1]) if name is None else self.bin[1].pop(name)
+                for name in names or list(tensors):
+                    yield name.removeprefix("transformer."), tensors.pop(name)  # no longer in memory once it is copied
         except Exception as error:  # each format has its own exceptions for a file that is cut off or damaged
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"{file} is damaged, cut off or no weights file: {reason}") from error
@@ -548,16 +504,15 @@ def download(name):
     if name not in known and (local or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)):
         raise FileNotFoundError(f"no model {name!r}: there is no such folder, and a name on the Hub is owner/name "
                                 f"(say EleutherAI/gpt-neo-125m) or one of {', '.join(known)}")
-    from huggingface_hub import snapshot_download  # comes with `datasets`
-    from huggingface_hub.errors import RepositoryNotFoundError
+    import huggingface_hub  # comes with `datasets`
 
     try:
-        files = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
-        folder = Path(snapshot_download(name, allow_patterns=files))
-        if not any(folder.glob("model*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=["config.json", "pytorch_model*"]))
+        for weights in ("model*.safetensors*", "pytorch_model*"):
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["config.json", weights]))
+            if any(folder.glob(weights)):
+                break
         return folder
-    except RepositoryNotFoundError as error:
+    except huggingface_hub.errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(f"no model {name!r} on the Hub, or it is private") from error
     except Exception as error:  # whatever stands between us and the Hub, the way out is the same
         raise ConnectionError(f"can't get {name!r} from the Hub ({type(error).__name__}); give a folder "
