@@ -162,6 +162,37 @@ class Examples:
         return list(self.first.values())
 
 
+def micro_batches(batch, device, parts=1, process=0, processes=1, similar=None, seed=0):
+    """The share of `process` in a `batch` of B sequences, on its way to `device` in `parts` micro-batches, each with
+
+        idx      [B', T]   what the model reads
+        places   [n]       which of its B' * T tokens are asked for the next one, as indices
+        targets  [n]       and what that is
+        total              how many there are of those in all micro-batches of a process, on average
+        similar  [s]       which tokens the running similarity is to see, as indices; None: all of them
+
+    `similar` = N has it see N random tokens of the batch, a function of `seed`. All indices are made here, where they
+    take no waiting for the device. Raises ValueError if there are fewer sequences than micro-batches.
+    """
+    if len(batch[0]) < parts * processes:
+        raise ValueError(f"a batch of {len(batch[0])} sequences can't be split into {parts * processes} micro-batches")
+    total, made = int((batch[1] != -100).sum()) / processes, []
+    mine = zip(*(tensor.tensor_split(parts * processes)[process * parts : (process + 1) * parts] for tensor in batch))
+    for part, (idx, targets, real) in enumerate(mine, process * parts):
+        asked, seen = (targets != -100).flatten(), real.flatten().nonzero().squeeze(1)
+        if similar is not None:
+            rng = torch.Generator().manual_seed(seed * parts * processes + part)
+            seen = seen[torch.randperm(len(seen), generator=rng)[: max(1, similar // (parts * processes))]]
+        micro = dict(idx=idx, places=asked.nonzero().squeeze(1), targets=targets.flatten()[asked])
+        if len(seen) < real.numel():
+            micro["similar"] = seen
+        if device.startswith("cuda"):  # copying from pinned memory holds up nobody
+            micro = {name: tensor.pin_memory() for name, tensor in micro.items()}
+        micro = dict(similar=None, total=total) | {name: x.to(device, non_blocking=True) for name, x in micro.items()}
+        made.append(SimpleNamespace(**micro))
+    return made
+
+
 # Language modelling: documents, and the stream of tokens made from them.
 
 

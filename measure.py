@@ -53,10 +53,13 @@ def mean_loss(model, examples, autocast, most=None):
     model.eval()
     device, total, count = model.wte.weight.device, 0.0, 0
     for idx, targets, _ in islice(batches(examples), most):
+        asked = (targets != -100).flatten().nonzero().squeeze(1)
+        said = targets.flatten()[asked].to(device)  # [n]
         with autocast:
-            logits, _ = model(idx.to(device))
-        total += F.cross_entropy(logits.flatten(0, 1).float(), targets.to(device).flatten(), reduction="sum").item()
-        count += int((targets != -100).sum())
+            _, loss = model(idx.to(device), places=asked.to(device), loss_of=lambda logits, some: F.cross_entropy(
+                logits, said[some], reduction="sum"))
+        total += loss.item()
+        count += len(asked)
     return total / count
 
 
@@ -119,13 +122,13 @@ def observe(model, examples, tokens=2048, first=None):
     tokens and L is X's own mean loss. C = sum over the real tokens of h^T h [k, k], Algorithm 1 without decay, in
     float64, so that no order of summing shows: 8 k^2 bytes a layer, 0.9 GB in all for gpt2, 13 GB for GPT-Neo-1.3B.
     """
-    mlps, device, total, count = [block.mlp for block in model.h], model.wte.weight.device, 0.0, 0
+    held, device, total, count = [], model.wte.weight.device, 0.0, 0  # held: h of each layer [B, T, k]
     Cs = [torch.zeros(k, k, dtype=torch.float64, device=device) for k in model.config.mlp_widths]
-    for mlp in mlps:
-        mlp.hold = True
+    for block in model.h:
+        block.mlp.observer = held.append
     for batch in batches(examples, tokens, first):
         idx, targets, real = (tensor.to(device) for tensor in batch)
-        (logits, _), held = model(idx), [mlp.held for mlp in mlps]  # [B, T, V], a list of [B, T, k]
+        logits, _ = model(idx)  # [B, T, V]
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)  # [B, T]
         means = losses.sum(1) / (targets != -100).sum(1)  # [B]
         # Sequences do not see each other, so the gradient of the sum of their losses is for each one that of its own.
@@ -134,8 +137,9 @@ def observe(model, examples, tokens=2048, first=None):
             total += (h * gradient).sum(1).abs().sum().item()  # [B, T, k] -> [B, k]; padding has no gradient
             C.addmm_(h[real].T, h[real])  # [tokens, k] -> [k, k]
         count += len(idx)
-    for mlp in mlps:
-        mlp.hold, mlp.held = False, None
+        held.clear()
+    for block in model.h:
+        block.mlp.observer = None
     return total / count, Cs
 
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -130,22 +131,26 @@ class MLP(nn.Module):
     a zero column in W2, so it adds nothing to the output, and every product in its gradient has a zero factor. Leaving
     it out therefore gives the same outputs and gradients as multiplying by a mask, for less work.
 
-    `keep`: indices of the neurons to compute [k], None = all. `hold`: put h [B, T, k] in `held` at every forward pass.
+    `keep`: indices of the neurons to compute [k], None = all. Its last `surplus` entries are there only to make k a
+    number that the device is fast at: their columns of W2 are taken to be zero, so they too add nothing to anything.
+    `observer`: called with h [B, T, k - surplus] at every forward pass, None = nobody.
     """
 
     def __init__(self, config, layer):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, config.mlp_widths[layer])
         self.c_proj = nn.Linear(config.mlp_widths[layer], config.n_embd)
-        self.keep, self.hold, self.held = None, False, None
+        self.keep, self.surplus, self.observer = None, 0, None
 
     def forward(self, x):
         w1, b1, w2 = self.c_fc.weight, self.c_fc.bias, self.c_proj.weight  # [m, d] [m] [d, m]
         if self.keep is not None:
-            w1, b1, w2 = w1[self.keep], b1[self.keep], w2[:, self.keep]  # [k, d] [k] [d, k]
+            # index_select, because the gradient of w1[keep] would be sorted into place: several times slower.
+            w1, b1 = w1.index_select(0, self.keep), b1.index_select(0, self.keep)  # [k, d] [k]
+            w2 = F.pad(w2.index_select(1, self.keep[: len(b1) - self.surplus]), (0, self.surplus))  # [d, k]
         h = F.gelu(F.linear(x, w1, b1), approximate="tanh")  # [B, T, d] -> [B, T, k]
-        if self.hold:
-            self.held = h
+        if self.observer is not None:
+            self.observer(h[..., : -self.surplus] if self.surplus else h)
         return F.linear(h, w2, self.c_proj.bias)  # [B, T, k] -> [B, T, d]
 
 
@@ -162,12 +167,51 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class HeadLoss(torch.autograd.Function):
+    """The loss of features `x` [n, d] under the output head `weight` [V, d], never holding all logits [n, V] at once.
+
+    `loss_of(logits, some)` gives the loss in nats, summed over a few of the n tokens, those in the slice `some`. Their
+    gradients are taken here, while their logits are at hand; the backward pass only scales them. Logits and gradients
+    are multiplied in the autocast dtype; the loss is computed from float32, or from float64 if the weights are.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, loss_of):
+        # Tokens at a time: 0.5 GB of float32 logits, or on a CPU 32 MiB, the most that its allocator uses again.
+        rows, device = max(64, 2 ** (27 if x.is_cuda else 23) // len(weight)), x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        head, needed, total = weight.to(dtype), any(ctx.needs_input_grad), 0.0
+        grad_x, grad_weight = (torch.empty_like(x), torch.zeros_like(weight)) if needed else (None, None)
+        for start in range(0, len(x), rows):
+            some = slice(start, start + rows)
+            features = x[some].to(dtype)  # [rows, d]
+            logits = (features @ head.T).to(torch.promote_types(dtype, torch.float32)).requires_grad_(needed)
+            with torch.set_grad_enabled(needed):
+                loss = loss_of(logits, some)
+            total = total + loss.detach()
+            if needed:
+                grad = torch.autograd.grad(loss, logits)[0].to(dtype)  # [rows, V]
+                del logits, loss  # the next ones take their place
+                grad_x[some] = grad @ head
+                if dtype == weight.dtype:
+                    grad_weight.addmm_(grad.T, features)  # [V, d]
+                else:
+                    grad_weight += grad.T @ features
+        ctx.grads = grad_x, grad_weight
+        return total
+
+    @staticmethod
+    def backward(ctx, scale):
+        return *(grad.mul_(scale) for grad in ctx.grads), None
+
+
 class GPT(nn.Module):
     """A GPT-2 or GPT-Neo language model with its output head tied to the token embedding."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False  # True: compute each block's activations again in the backward pass
         self.wte = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False)
         self.wpe = nn.Embedding.from_pretrained(torch.empty(config.n_positions, config.n_embd), freeze=False)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -192,17 +236,24 @@ class GPT(nn.Module):
         x = self.wte(idx) + self.wpe(positions)  # [B, T, d]
         masks = {window: attention_mask(T, past + T, window, start, idx.device) for window in set(self.config.windows)}
         for block, window in zip(self.h, self.config.windows):
-            x = block(x, masks[window], cache)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, masks[window], use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, masks[window], cache)
         if cache is not None:
             cache.length += T
         return self.ln_f(x)
 
-    def forward(self, idx, targets=None, label_smoothing=0.0):
+    def forward(self, idx, targets=None, label_smoothing=0.0, loss_of=None, places=None):
         """Next-token logits [B, T, V] of tokens `idx` [B, T], and the mean loss in nats per token (or None).
 
         `targets` [B, T] holds the token that should follow each one, -100 where none counts. Raises ValueError if the
-        sequence is longer than the context.
+        sequence is longer than the context. With `loss_of`, no logits but a loss of another kind: `HeadLoss`, over the
+        tokens number `places` [n] of the B * T (None = all).
         """
+        if loss_of is not None:
+            x = self.features(idx).flatten(0, 1)  # [B * T, d]
+            return None, HeadLoss.apply(x if places is None else x.index_select(0, places), self.wte.weight, loss_of)
         logits = F.linear(self.features(idx), self.wte.weight)  # [B, T, d] -> [B, T, V]
         if targets is None:
             return logits, None

@@ -1,15 +1,19 @@
 """Fine-pruning: which MLP neurons stay, decided while the model is being fine-tuned.
 
 From the paper's equations to code, in order: the schedule (automated gradual pruning), Top_v, the scores of the five
-methods, the running cosine similarity (Algorithm 1), the regularisers R and R_sim (eq. 4), distillation, and `shrink`,
-which makes the pruned widths real.
+methods, the running cosine similarity (Algorithm 1), the regularisers R and R_sim (eq. 4), distillation, one step of
+fine-pruning, and `shrink`, which makes the pruned widths real.
 
 A neuron j of a layer is one group: row j of W1, entry j of b1, column j of W2. It has one score S_j. The kept neurons
 are put in `mlp.keep`; the others are skipped (see `model.MLP`). A layer has m neurons, k of them kept; the
 network has N.
 """
 
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -90,29 +94,40 @@ def movement(mlp):
 
 
 def update_gram(C, h, keep, lambda_sim):
-    """Algorithm 1, in place: C <- (1 - lambda_sim) C + lambda_sim h^T h. Returns the kept neurons' block [k, k].
+    """Algorithm 1, in place: C <- (1 - lambda_sim) C + lambda_sim h^T h. Returns the kept neurons' U [k] (eq. 4).
 
-    `C` [m, m] are the running inner products, `h` [tokens, k] the kept neurons' outputs. The paper's Q is C's diagonal.
+    `C` [m, m] are the running inner products, of which only those on and above the diagonal count: it is symmetric. The
+    paper's Q is its diagonal. `h` [tokens, k] are the outputs of the neurons `keep` [k] (None = all), lower index first.
     A pruned neuron has h = 0, so its row and column only decay.
+
+    U_j = (1 / k) sum over i != j of |C_ij| / sqrt(C_ii C_jj): the released code's absolute value, not the signed eq. 4,
+    for an opposite neuron is as redundant as an equal one. A neuron that is always 0 is like nothing: U = 0.
     """
-    if keep is None:
-        return C.addmm_(h.T, h, beta=1 - lambda_sim, alpha=lambda_sim)
-    rows = keep[:, None]
-    block = C[rows, keep].addmm_(h.T, h, beta=1 - lambda_sim, alpha=lambda_sim)  # [k, k]
     C.mul_(1 - lambda_sim)
-    C[rows, keep] = block
-    return block
+    k, every = h.size(1), slice(None)
+    norm = C.diagonal()[every if keep is None else keep] + lambda_sim * h.square().sum(0, dtype=C.dtype)  # C_ii [k]
+    inverse, U = torch.where(norm > 0, norm.rsqrt(), 0.0), torch.zeros_like(norm)  # [k]
+    if not (h.is_cuda and h.dtype == torch.bfloat16):
+        h = h.to(C.dtype)
+    panel = max(256, -(-k // 4))  # rows at a time: no second [m, m], and nearly half of the products are never made
+    for start in range(0, k, panel):
+        rows = slice(start, start + panel)
+        products = inner_products(h[:, rows], h[:, start:], C.dtype)  # [panel, k - start]
+        if keep is None:
+            alike = C[rows, start:].add_(products, alpha=lambda_sim).abs()
+        else:
+            kept = C.index_select(0, keep[rows]).index_add_(1, keep[start:], products, alpha=lambda_sim)  # [panel, m]
+            C.index_copy_(0, keep[rows], kept)
+            alike = kept.index_select(1, keep[start:]).abs_()  # [panel, k - start]
+        alike.triu_(1)  # each pair once
+        U[rows] += alike @ inverse[start:]
+        U[start:] += inverse[rows] @ alike
+    return U.mul_(inverse).div_(max(k, 1))
 
 
-def similarity_to_others(C):
-    """U_j = (1 / k) sum over i != j of |C_ij| / sqrt(C_ii C_jj), for the k neurons of a Gram matrix C [k, k]. [k]
-
-    The released code's absolute value, not the signed eq. 4: an opposite neuron is as redundant as an equal one.
-    A neuron that is always 0 is like nothing: U = 0.
-    """
-    norm = C.diagonal()
-    inverse = torch.where(norm > 0, norm.rsqrt(), 0.0)
-    return inverse * (C.abs() @ inverse - norm * inverse) / max(len(C), 1)
+def inner_products(a, b, dtype):
+    """a^T b [i, j] of `a` [tokens, i] and `b` [tokens, j], summed up in `dtype`."""
+    return a.T @ b if a.dtype == dtype else torch.mm(a.T, b, out_dtype=dtype)  # tensor cores sum bfloat16 up in float32
 
 
 # The five methods.
@@ -121,17 +136,18 @@ def similarity_to_others(C):
 class Pruner:
     """Keeps the scores of all neurons, chooses the kept ones at every step and gives the scores their gradient.
 
-    One step of fine-pruning is: `select(step)`, forward, `observe()`, backward, `score_gradient(step)`, clipping of the
-    weights' gradients alone, optimizer step.
+    One step of fine-pruning is: `select(step)`, a forward pass `with observing():`, backward, `score_gradient(step)`,
+    clipping of the weights' gradients alone, optimizer step. `fine_prune` does it.
+    `multiple_of`: skip no more neurons than leave such a number to compute; which ones are kept does not change.
     `scope` and `lambda_gum` are None for the method's own: Top_v over the whole network ("global") and uniqueness for
     `gum`, Top_v in each layer ("layer") and none for the others.
     """
 
     def __init__(self, model, method, leftover, steps, scope=None, lambda_mvp=2.0, lambda_gum=None, lambda_sim=0.99,
-                 tau=0.1, seed=0):
+                 tau=0.1, seed=0, multiple_of=1):
         self.method, self.leftover, self.steps = method, leftover, steps
         self.scope = scope or ("global" if method == "gum" else "layer")
-        self.lambda_mvp, self.lambda_sim, self.tau = lambda_mvp, lambda_sim, tau
+        self.lambda_mvp, self.lambda_sim, self.tau, self.multiple_of = lambda_mvp, lambda_sim, tau, multiple_of
         self.lambda_gum = (10.0 if method == "gum" else 0.0) if lambda_gum is None else lambda_gum
         self.mlps = [block.mlp for block in model.h]
         self.widths = [mlp.c_fc.out_features for mlp in self.mlps]
@@ -140,7 +156,7 @@ class Pruner:
         if method == "random":
             uniform = torch.rand(sum(self.widths), generator=torch.Generator().manual_seed(seed), dtype=like.dtype)
             self.scores.data.copy_(uniform)
-        self.gram = []  # C of each layer [m, m]
+        self.gram = []  # C of each layer [m, m], its upper triangle
         if method in LEARNED and self.lambda_gum > 0:
             self.gram = [like.new_zeros(width, width) for width in self.widths]
         self.uniqueness_penalty = torch.zeros_like(self.scores.data)  # U [N]
@@ -160,22 +176,34 @@ class Pruner:
             kept = [top_v(self.scores, round(v_t * len(self.scores)))]
         kept = torch.cat(kept).cpu().split(self.widths)  # the step's one wait for the device
         for mlp, mask in zip(self.mlps, kept):
-            mlp.keep = None if mask.all() else mask.nonzero().squeeze(1).to(self.scores.device, non_blocking=True)
-            mlp.hold = bool(self.gram)
+            keep = mask.nonzero().squeeze(1)  # [k]
+            mlp.surplus = -len(keep) % self.multiple_of
+            keep = F.pad(keep, (0, mlp.surplus)).to(self.scores.device, non_blocking=True)
+            mlp.keep = None if mask.all() else keep
         return [int(mask.sum()) for mask in kept]
 
-    @torch.no_grad()
-    def observe(self, real=None):
-        """After a forward pass in training: update the running similarity and U. `real` bool [B, T]: not padding."""
-        if not self.gram:
-            return
+    @contextmanager
+    def observing(self, tokens=None):
+        """Within, every forward pass updates the running similarity and U, of the B * T `tokens` (indices; None = all).
+
+        Where the backward pass computes activations again, it is not within: each is seen once.
+        """
         penalties = self.uniqueness_penalty.zero_().split(self.widths)  # U = 0 for pruned neurons
         for mlp, C, U in zip(self.mlps, self.gram, penalties):
-            h = mlp.held.detach()  # [B, T, k], in the autocast dtype
-            h = (h.flatten(0, 1) if real is None else h[real]).to(C.dtype)  # [tokens, k]
-            mlp.held = None
-            block = update_gram(C, h, mlp.keep, self.lambda_sim)
-            U[slice(None) if mlp.keep is None else mlp.keep] = similarity_to_others(block)
+            mlp.observer = partial(self.observe, mlp, C, U, tokens)
+        try:
+            yield
+        finally:
+            for mlp in self.mlps:
+                mlp.observer = None
+
+    @torch.no_grad()
+    @torch.compiler.disable
+    def observe(self, mlp, C, U, tokens, h):
+        h = h.flatten(0, 1) if tokens is None else h.flatten(0, 1).index_select(0, tokens)  # [tokens, k]
+        keep = None if mlp.keep is None else mlp.keep[: h.size(1)]
+        with torch.autocast(h.device.type, enabled=False):
+            U[slice(None) if keep is None else keep] = update_gram(C, h, keep, self.lambda_sim)
 
     @torch.no_grad()
     def score_gradient(self, step):
@@ -186,6 +214,9 @@ class Pruner:
         """
         if not self.scores.requires_grad:
             return
+        if self.gram and dist.is_initialized():  # each process has its own C; the mean gradient is that of the mean U
+            dist.all_reduce(self.uniqueness_penalty)
+            self.uniqueness_penalty /= dist.get_world_size()
         if self.method == "soft":
             scale = 1 - cubic(step, self.steps)  # tau_t / tau
         else:
@@ -204,7 +235,7 @@ class Pruner:
             C.copy_(saved)
 
 
-# Distillation, and the end.
+# Distillation, one step, and the end.
 
 
 def distillation_loss(logits, teacher_logits, targets, temperature):
@@ -218,6 +249,58 @@ def distillation_loss(logits, teacher_logits, targets, temperature):
     return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
 
 
+def make_optimizer(model, pruner, args):
+    """AdamW over three groups: weights, what is not decayed (biases and norms), and scores at a rate of their own."""
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    groups = [dict(params=decayed, weight_decay=args.weight_decay, peak=args.lr),
+              dict(params=[p for p in model.parameters() if p.dim() < 2], weight_decay=0.0, peak=args.lr)]
+    if pruner.scores.requires_grad:
+        groups.append(dict(params=[pruner.scores], weight_decay=0.0, peak=args.mask_lr, eps=1e-4))
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), eps=args.eps, fused=True)
+
+
+def fine_prune(model, pruner, optimizer, micro_batches, step, args, teacher=None):
+    """One step of fine-pruning. Returns how many neurons each layer keeps, the loss, and the weights' gradient norm.
+
+    `model` is a GPT, or DistributedDataParallel around one; `micro_batches` are from `data.micro_batches`. The loss is
+    the mean in nats over the tokens of the whole batch that count, those of other processes included.
+    """
+    widths, total = pruner.select(step), 0.0
+    autocast = torch.autocast(pruner.scores.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * lr_factor(step, pruner.steps)
+    for number, batch in enumerate(micro_batches, 1):
+        if teacher is not None:
+            with torch.no_grad(), autocast:
+                taught = teacher.features(batch.idx).flatten(0, 1).index_select(0, batch.places)  # [n, d]
+
+        def loss_of(logits, some):  # [tokens, V], which of the micro-batch's n tokens that count these are
+            loss = F.cross_entropy(logits, batch.targets[some], reduction="sum",
+                                   label_smoothing=args.label_smoothing)
+            if teacher is not None:
+                kl = distillation_loss(logits, F.linear(taught[some], teacher.wte.weight), batch.targets[some],
+                                       args.temperature)
+                loss = args.alpha_ce * loss + args.alpha_kd * kl * len(logits)
+            return loss / batch.total
+
+        # Gradients of micro-batches add up here; only the last one's backward pass averages them over the processes.
+        waits = number < len(micro_batches) and dist.is_initialized()
+        with model.no_sync() if waits else nullcontext():
+            with autocast, pruner.observing(batch.similar):
+                loss = model(batch.idx, places=batch.places, loss_of=loss_of)[1]
+            loss.backward()
+        total += loss.detach()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+        total /= dist.get_world_size()
+    pruner.score_gradient(step)
+    # Only the weights are clipped: a large score gradient never scales them, nor they it.
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return widths, total, norm
+
+
 @torch.no_grad()
 def shrink(model, multiple_of=1):
     """Make the pruned widths real, in place: each MLP keeps only its neurons in `keep`. Returns the model.
@@ -228,13 +311,13 @@ def shrink(model, multiple_of=1):
     widths = []
     for mlp in (block.mlp for block in model.h):
         w1, b1, w2 = mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight  # [m, d] [m] [d, m]
-        keep = torch.arange(len(b1), device=b1.device) if mlp.keep is None else mlp.keep
+        keep = torch.arange(len(b1), device=b1.device) if mlp.keep is None else mlp.keep[: len(mlp.keep) - mlp.surplus]
         extra = -len(keep) % multiple_of
         mlp.c_fc.weight = nn.Parameter(F.pad(w1[keep], (0, 0, 0, extra)))  # [k, d]
         mlp.c_fc.bias = nn.Parameter(F.pad(b1[keep], (0, extra)))  # [k]
         mlp.c_proj.weight = nn.Parameter(F.pad(w2[:, keep], (0, extra)))  # [d, k]
         mlp.c_fc.out_features = mlp.c_proj.in_features = len(keep) + extra
-        mlp.keep, mlp.hold, mlp.held = None, False, None
+        mlp.keep, mlp.surplus = None, 0
         widths.append(len(keep) + extra)
     model.config.mlp_widths = tuple(widths)
     return model

@@ -15,18 +15,24 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
 import measure
 from model import GPT, GPTConfig
-from prune import LEARNED, METHODS, Pruner, distillation_loss, leftover_at, lr_factor, shrink
+from prune import LEARNED, METHODS, Pruner, fine_prune, leftover_at, make_optimizer, shrink
+
+# Launched by torchrun, N processes run this file in step. Each trains on its share of every batch; 0 alone writes.
+PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 TINY = dict(vocab_size=257, n_positions=256, n_embd=128, n_layer=4, n_head=4)  # a byte-level GPT-2
 
@@ -41,7 +47,7 @@ FOR_TINY = dict(steps=1600, batch_size=16, lr=4e-3, eps=1e-8, checkpoint_every=2
 BLOCK_SIZE = dict(stdlib=64, toysql=256, wikisql=512, e2e=512, wikitext=1024, samsum=1024)  # tokens
 
 # Settings that mean something only when pruning, or when distilling; and flags that do not change what comes out.
-PRUNING = ("leftover", "scope", "mask_lr", "lambda_mvp", "lambda_gum", "lambda_sim", "tau")
+PRUNING = ("leftover", "scope", "mask_lr", "lambda_mvp", "lambda_gum", "lambda_sim", "sim_tokens", "tau")
 DISTILLING = ("teacher", "alpha_ce", "alpha_kd", "temperature")
 NOT_SETTINGS = ("out", "resume", "checkpoint_every")
 
@@ -75,6 +81,7 @@ FLAGS = {
         lambda_mvp=(float, "weight of the scores' regulariser"),
         lambda_gum=(float, "weight of uniqueness in it (default: 0; gum: 10, and 100 when distilling)"),
         lambda_sim=(float, "how fast the running similarity forgets"),
+        sim_tokens=(int, "update the similarity from so many random tokens of each step (default: all of them)"),
         tau=(float, "soft movement's final threshold")),
     "distillation": dict(
         distill=(None, "learn from a dense model, too"),
@@ -85,13 +92,15 @@ FLAGS = {
     "machine": dict(
         device=(str, "cuda or cpu"),
         dtype=(("float32", "bfloat16"), "of the matrix products (default: bfloat16 on a GPU that has it)"),
+        compile=(None, "compile the model's blocks with torch.compile: slow to start, then faster, on a GPU above all"),
+        gradient_checkpointing=(None, "compute activations twice instead of keeping them: a third slower, far smaller"),
         checkpoint_every=(int, "steps between checkpoints"),
         log_every=(int, "steps between lines of log.jsonl"),
         eval_every=(int, "steps between evaluations on part of the validation split (default: a fifth of all)"))}
 # What a number must be: its flags, whether a value is right, and how to say so.
 RANGES = [
     ("steps epochs batch_size accumulate block_size lr eps mask_lr temperature tau checkpoint_every log_every "
-     "eval_every", lambda x: 0 < x < math.inf, "above 0 and finite"),
+     "eval_every sim_tokens", lambda x: 0 < x < math.inf, "above 0 and finite"),
     ("seed", lambda x: 0 <= x < 2**31, "from 0 to 2^31 - 1"),
     ("weight_decay lambda_mvp lambda_gum alpha_ce alpha_kd", lambda x: 0 <= x < math.inf, "at least 0"),
     ("leftover lambda_sim", lambda x: 0 < x <= 1, "in (0, 1]"),
@@ -100,8 +109,15 @@ RANGES = [
 
 def fail(message):
     """A user's mistake: one line, exit status 2."""
-    print(f"train.py: error: {' '.join(str(message).split())}", file=sys.stderr)
+    who = f" in process {PROCESS} of {PROCESSES}" if PROCESSES > 1 else ""
+    print(f"train.py: error{who}: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def say(message):
+    """To the user, from process 0."""
+    if PROCESS == 0:
+        print(message, file=sys.stderr)
 
 
 def flag_of(name):
@@ -132,6 +148,8 @@ def parse(argv=None):
         (method == "none" and pruning, f"{flag_of(*pruning[:1] or [''])} means nothing with --method none: all stay"),
         (method == "soft" and args.scope, "--scope means nothing with --method soft: one threshold serves every layer"),
         (method not in LEARNED and args.lambda_gum, f"--lambda-gum goes with learned scores, not --method {method}"),
+        (args.sim_tokens and method != "gum" and not args.lambda_gum,
+         "--sim-tokens goes with --method gum, or another with learned scores and --lambda-gum above 0"),
         (not args.distill and distilling, f"{flag_of(*distilling[:1] or [''])} goes with --distill"),
         (args.steps and args.epochs, "--steps and --epochs both say how long to train: give one of them"),
         (args.distill and args.label_smoothing, "--label-smoothing is 0 when distilling: leave it out"),
@@ -168,7 +186,8 @@ def resolve(flags):
     if args.out is None:
         parts = [args.method, args.dataset, Path(args.model).name]
         parts += [f"{args.leftover:g}"] * (args.method != "none") + ["distill"] * args.distill
-        unsaid = "method dataset model leftover distill seed data_path device dtype log_every eval_every".split()
+        unsaid = ("method dataset model leftover distill seed data_path device dtype compile gradient_checkpointing "
+                  "log_every eval_every").split()
         parts += [f"{flag_of(name)[2:]}={Path(value).name if name == 'teacher' else value}"
                   for name, value in given.items() if name not in unsaid and value != defaults.get(name)]
         args.out = str(Path("out") / "-".join([*parts, f"seed{args.seed}"]))
@@ -257,6 +276,14 @@ def dense_run(args, flags):
 # Training.
 
 
+def told_by_first(function):
+    """What `function` returns, called by process 0 alone: the others wait for it, and get the same."""
+    result = [function() if PROCESS == 0 else None]
+    if PROCESSES > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
 @lru_cache(maxsize=2)
 def shuffled(n, seed, epoch):
     return torch.randperm(n, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch)).tolist()
@@ -266,16 +293,6 @@ def batch_indices(step, n, batch_size, seed):
     """Which of the n training sequences make up the batch of `step` (from 1): one shuffled epoch after the other."""
     first = (step - 1) * batch_size
     return [shuffled(n, seed, place // n)[place % n] for place in range(first, first + batch_size)]
-
-
-def make_optimizer(model, pruner, args):
-    """AdamW over three groups: weights, what is not decayed (biases and norms), and scores at a rate of their own."""
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    groups = [dict(params=decayed, weight_decay=args.weight_decay, peak=args.lr),
-              dict(params=[p for p in model.parameters() if p.dim() < 2], weight_decay=0.0, peak=args.lr)]
-    if pruner.scores.requires_grad:
-        groups.append(dict(params=[pruner.scores], weight_decay=0.0, peak=args.mask_lr, eps=1e-4))
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), eps=args.eps, fused=True)
 
 
 def lines_up_to(log, step):
@@ -293,11 +310,11 @@ def train(args, steps, model, teacher, train_data, val_data, resumed, stop):
     On return the model skips the neurons that were pruned. `resumed` is a checkpoint to go on from, or None. Once
     something is put into the list `stop`, the loop ends between two steps: it saves a checkpoint and raises
     KeyboardInterrupt. Raises FloatingPointError when the loss is no longer a number.
+    With several processes, each has its own running similarity, of which a checkpoint keeps that of process 0.
     """
-    device, autocast = torch.device(args.device), autocast_of(args)
     checkpoint, log = Path(args.out) / "checkpoint.pt", Path(args.out) / "log.jsonl"
     pruner = Pruner(model, args.method, args.leftover, steps, args.scope, args.lambda_mvp, args.lambda_gum,
-                    args.lambda_sim, args.tau, args.seed)
+                    args.lambda_sim, args.tau, args.seed, multiple_of=64 if args.device.startswith("cuda") else 1)
     optimizer = make_optimizer(model, pruner, args)
     sums = dict(seconds=0.0, tokens=0, loss=0.0, norm=0.0, since=0)  # loss and norm: over the steps since the last line
     done = saved = 0
@@ -307,43 +324,41 @@ def train(args, steps, model, teacher, train_data, val_data, resumed, stop):
         model.load_state_dict(resumed["model"])
         optimizer.load_state_dict(resumed["optimizer"])
         pruner.load_state_dict(resumed["pruner"])
-    write_whole(log, lines_up_to(log, done))
+    model.gradient_checkpointing = args.gradient_checkpointing
+    for block in (*model.h, *(teacher.h if teacher else ())) if args.compile else ():
+        block.compile(dynamic=True)  # the number of neurons changes from step to step
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if PROCESSES > 1 else model
+    if PROCESS == 0:
+        write_whole(log, lines_up_to(log, done))
     eval_every = args.eval_every or max(steps // 5, 1)
 
-    bar = tqdm(total=steps, initial=done, desc=Path(args.out).name, unit="step", dynamic_ncols=True, mininterval=0.5)
+    def save(step):
+        if PROCESS == 0:
+            torch.save(dict(step=step, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                            pruner=pruner.state_dict(), sums=sums), checkpoint.with_suffix(".tmp"))
+            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+
+    bar = tqdm(total=steps, initial=done, desc=Path(args.out).name, unit="step", dynamic_ncols=True, mininterval=0.5,
+               **(dict(disable=True) if PROCESS else {}))
     model.train()
     clock = time.perf_counter()
     for step in range(done + 1, steps + 1):
-        widths = pruner.select(step)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * lr_factor(step, steps)
-
+        # On its way before anything waits for the device, which is still at the step before.
         batch = train_data.batch(batch_indices(step, len(train_data), args.batch_size, args.seed))
-        total = int((batch[1] != -100).sum())
-        for idx, targets, real in zip(*(tensor.tensor_split(args.accumulate) for tensor in batch)):
-            share = int((targets != -100).sum()) / total  # of the step's tokens that count
-            padded = not bool(real.all())
-            idx, targets, real = (tensor.to(device, non_blocking=True) for tensor in (idx, targets, real))
-            with autocast:
-                logits, loss = model(idx, targets, label_smoothing=args.label_smoothing)
-                if teacher is not None:
-                    with torch.no_grad():
-                        teacher_logits, _ = teacher(idx)
-                    kl = distillation_loss(logits, teacher_logits, targets, args.temperature)
-                    loss = args.alpha_ce * loss + args.alpha_kd * kl
-            pruner.observe(real if padded else None)
-            loss = loss * share
-            loss.backward()
-            sums["loss"] += loss.detach()
-        pruner.score_gradient(step)
-        # Only the weights are clipped: a large score gradient never scales them, nor they it.
-        sums["norm"] += torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
+        micro_batches = data.micro_batches(batch, args.device, args.accumulate, PROCESS, PROCESSES, args.sim_tokens,
+                                           seed=1_000_003 * args.seed + step)
+        try:
+            widths, loss, norm = fine_prune(parallel, pruner, optimizer, micro_batches, step, args, teacher)
+        except RuntimeError:  # also if another process is gone; then no weight has changed since the step before
+            if PROCESSES > 1 and step > 1:
+                save(step - 1)
+            raise
+        sums["loss"] += loss
+        sums["norm"] += norm
         sums["tokens"] += batch[0].numel()
         sums["since"] += 1
-        last, stopping = step == steps, bool(stop)  # asked once: a signal may come at any moment
+        # Asked once, for a signal may come at any moment; and of process 0, lest they stop at different steps.
+        last, stopping = step == steps, bool(stop) and PROCESS == 0
         evaluates = step % eval_every == 0 and not last
         logs = step % args.log_every == 0 or evaluates or last
         saves = step % args.checkpoint_every == 0 or last or stopping
@@ -355,24 +370,23 @@ def train(args, steps, model, teacher, train_data, val_data, resumed, stop):
                 kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
                 raise FloatingPointError(f"the loss is no longer a finite number at step {step}; {kept}; try a lower "
                                          f"--lr than {args.lr:g}")
-            if logs:
+            if logs and PROCESS == 0:
                 n = sums["since"]
                 record = dict(step=step, loss=sums["loss"] / n, grad_norm=sums["norm"] / n,
                               lr=optimizer.param_groups[0]["lr"], v=leftover_at(step, steps, args.leftover),
                               leftover=sum(widths) / max(sum(pruner.widths), 1), widths=widths)
                 if evaluates:
-                    record["val_loss"] = measure.mean_loss(model, val_data, autocast, most=16)
+                    record["val_loss"] = measure.mean_loss(model, val_data, autocast_of(args), most=16)
                     model.train()
                 record |= dict(seconds=sums["seconds"], tokens_per_second=sums["tokens"] / sums["seconds"])
                 with open(log, "a") as file:
                     file.write(json.dumps(record) + "\n")
                 bar.set_postfix(loss=f"{record['loss']:.3f}", leftover=f"{record['leftover']:.0%}",
                                 tokens_per_s=f"{record['tokens_per_second']:,.0f}")
+            if logs:
                 sums["loss"], sums["norm"], sums["since"] = 0.0, 0.0, 0
             if saves:
-                torch.save(dict(step=step, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                                pruner=pruner.state_dict(), sums=sums), checkpoint.with_suffix(".tmp"))
-                os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+                save(step)
                 saved = step
             clock = time.perf_counter()  # evaluating and saving are not training
         bar.update(step - bar.n)
@@ -405,13 +419,14 @@ def run(flags, implied=False):
     Raises ValueError or OSError for what the user got wrong, before anything is trained, and what `train` raises.
     """
     args = resolve(flags)
-    if args.accumulate > args.batch_size:
-        raise ValueError(f"--accumulate {args.accumulate} is more than the {args.batch_size} sequences of a batch")
-    out, state = Path(args.out), check_folder(args)
+    if args.accumulate * PROCESSES > args.batch_size:
+        raise ValueError(f"--accumulate {args.accumulate} on {PROCESSES} processes is more than the {args.batch_size} "
+                         "sequences of a batch")
+    out, tiny = Path(args.out), args.model == "tiny"
+    dense, dense_flags = dense_run(args, flags)
+    state, has_dense = told_by_first(lambda: (check_folder(args), (dense / "metrics.json").exists()))
     if state == "finished":
         return read_json(out / "metrics.json")
-    dense, dense_flags = dense_run(args, flags)
-    has_dense, tiny = (dense / "metrics.json").exists(), args.model == "tiny"
     if args.distill and not (args.teacher or has_dense or tiny):
         told = ("data_path", "data_config", "block_size", "steps", "epochs", "lr")
         extra = "".join(f" {flag_of(name)} {shlex.quote(str(value))}" for name, value in vars(dense_flags).items()
@@ -444,17 +459,18 @@ def run(flags, implied=False):
             raise ValueError(f"{out}/checkpoint.pt is damaged: remove {out} and start over") from error
 
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out, wait=implied):
-        if (out / "metrics.json").exists():  # another process has finished it meanwhile
+    with locked(out, wait=implied) if PROCESS == 0 else nullcontext():
+        if told_by_first((out / "metrics.json").exists):  # another command has finished it meanwhile
             return read_json(out / "metrics.json")
-        write_whole(out / "settings.json", json.dumps(settings_of(args), indent=2) + "\n")
+        if PROCESS == 0:
+            write_whole(out / "settings.json", json.dumps(settings_of(args), indent=2) + "\n")
         if tiny and not has_dense and (source is not None or args.distill and not args.teacher):
-            print(f"first the dense model, in {dense}", file=sys.stderr)
+            say(f"first the dense model, in {dense}")
             dense_flags.resume = any((dense / file).exists() for file in ("settings.json", "metrics.json"))
             run(dense_flags, implied=True)
         model = model or load_model(source, args)
         if args.distill:
-            print(f"teacher: {args.teacher or dense}", file=sys.stderr)
+            say(f"teacher: {args.teacher or dense}")
             teacher = (teacher or load_model(dense, args)).requires_grad_(False).eval()
 
         stop = []  # filled by Ctrl-C and SIGTERM
@@ -464,18 +480,33 @@ def run(flags, implied=False):
         finally:
             for n, handler in handlers.items():
                 signal.signal(n, handler)
-        model.eval()
-        shrink(model).save_pretrained(out)
         del teacher
-        metrics = dict(settings=settings_of(args), steps=steps, block_size=block_size, seconds=sums["seconds"],
-                       tokens=sums["tokens"], tokens_per_second=sums["tokens"] / sums["seconds"])
-        metrics |= compare(load_model(source, args).eval(), model, val_data, args)
-        metrics["versions"] = dict(python=platform.python_version(), torch=torch.__version__)
-        metrics["machine"] = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine()
-        write_whole(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-        for file in ("checkpoint.pt", "settings.json"):
-            (out / file).unlink(missing_ok=True)
-        return metrics
+
+        def finish():
+            shrink(model).save_pretrained(out)
+            metrics = dict(settings=settings_of(args), steps=steps, block_size=block_size, processes=PROCESSES,
+                           seconds=sums["seconds"], tokens=sums["tokens"],
+                           tokens_per_second=sums["tokens"] / sums["seconds"])
+            metrics |= compare(load_model(source, args).eval(), load_model(out, args).eval(), val_data, args)
+            metrics["versions"] = dict(python=platform.python_version(), torch=torch.__version__)
+            metrics["machine"] = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine()
+            write_whole(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+            for file in ("checkpoint.pt", "settings.json"):
+                (out / file).unlink(missing_ok=True)
+            return metrics
+
+        return told_by_first(finish)
+
+
+def join_processes(flags):
+    """Make this one of the processes that torchrun has launched, on the GPU that is its own, or the CPU."""
+    device, local = flags.device or DEFAULTS["device"], int(os.environ["LOCAL_RANK"])
+    if device == "cuda" and local < torch.cuda.device_count():
+        torch.cuda.set_device(local)  # what "cuda" means from here on
+    elif device != "cpu":
+        raise ValueError(f"--device {device} with torchrun: it is cuda, or cpu, and this machine has "
+                         f"{torch.cuda.device_count()} GPUs, each for one process")
+    dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(hours=1))
 
 
 def compare(start, result, val_data, args):
@@ -521,17 +552,27 @@ def report(metrics, folder):
 def main():
     flags = parse()
     try:
-        report(run(flags), resolve(flags).out)
+        if PROCESSES > 1:
+            join_processes(flags)
+        metrics = run(flags)
+        if PROCESS == 0:
+            report(metrics, resolve(flags).out)
     except (ValueError, OSError, FloatingPointError) as error:
         fail(error)
-    except RuntimeError as error:  # torch has no one exception for this
-        if not re.search("out of memory|can't allocate memory", str(error)):
-            raise
-        fail("out of memory: try a smaller --batch-size or --block-size, or a larger --accumulate")
+    except RuntimeError as error:  # torch has no exceptions of its own for these
+        if re.search("out of memory|can't allocate memory", str(error)):
+            fail("out of memory: try --gradient-checkpointing, a larger --accumulate, or a smaller --block-size")
+        if PROCESSES > 1 and re.search("connection|socket|peer|timed out|timeout|nccl", str(error), re.IGNORECASE):
+            fail("another process of this job is gone: go on from the last checkpoint with the same command and "
+                 "--resume")
+        raise
     except KeyboardInterrupt as stopped:
         again = shlex.join(["python", *sys.argv, *["--resume"] * (not flags.resume)])
-        print(f"\n{stopped}; go on with: {again}" if str(stopped) else "\nstopped", file=sys.stderr)
+        say(f"\n{stopped}; go on with: {again}" if str(stopped) else "\nstopped")
         sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

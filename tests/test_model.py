@@ -209,17 +209,20 @@ def test_skipping_neurons_equals_zeroing_them(family, keep):
     assert not mlp.c_fc.weight.grad[pruned].any() and not mlp.c_proj.weight.grad[:, pruned].any()
 
 
-def test_hold_keeps_the_activations_of_the_kept_neurons():
+def test_an_observer_sees_the_activations_of_the_kept_neurons():
     model, idx = ours(widths=(40,) * 4), tokens(9)
     mlp = model.h[1].mlp
-    inputs = []
+    inputs, seen = [], []
     mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     model(idx)
-    assert mlp.held is None
-    mlp.hold, mlp.keep = True, torch.tensor([3, 8])
+    mlp.observer, mlp.keep = seen.append, torch.tensor([3, 8])
+    model(idx)
+    mlp.keep, mlp.surplus = torch.tensor([3, 8, 0, 0]), 2
     model(idx)
     wanted = F.gelu(inputs[1] @ mlp.c_fc.weight.T + mlp.c_fc.bias, approximate="tanh")[..., [3, 8]]
-    torch.testing.assert_close(mlp.held, wanted, rtol=0, atol=1e-5)
+    for h in seen:
+        torch.testing.assert_close(h, wanted, rtol=0, atol=1e-5)
+    assert len(seen) == 2
 
 
 # Reading Hugging Face's files.

@@ -344,10 +344,10 @@ def test_resuming_a_finished_run_only_shows_it():
 def test_a_number_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(capsys, monkeypatch):
     real, calls = train.GPT.forward, []
 
-    def forward(self, idx, targets=None, **smoothing):
-        logits, loss = real(self, idx, targets, **smoothing)
-        calls.extend([] if targets is None else [None])
-        return logits, loss if targets is None else loss * (math.nan if len(calls) > 9 else 1)
+    def forward(self, *args, **kwargs):
+        logits, loss = real(self, *args, **kwargs)
+        calls.extend([None] if torch.is_grad_enabled() else [])
+        return logits, loss * math.nan if torch.is_grad_enabled() and len(calls) > 9 else loss
 
     monkeypatch.setattr(train.GPT, "forward", forward)
     flags = ["--model", "small", "--steps", "20", "--block-size", "32", "--checkpoint-every", "4", "--out", "run"]
