@@ -4,6 +4,8 @@
     python measure.py table out/RUN ...                  the paper's tables: methods down, leftover across
     python measure.py figures out/RUN ... --out figures  the paper's figures, and training curves
     python measure.py sample out/RUN --prompt TEXT       what the dense and the pruned model write, side by side
+    python measure.py speed out/RUN ...                  how fast both read and write, against what arithmetic allows
+    python measure.py bench --model gpt2                 what a step of training costs by each method, likewise
 
 Shapes: B sequences of T tokens; h [B, T, k] is what the k neurons left in a layer put out; V = vocab_size.
 """
@@ -12,23 +14,28 @@ import argparse
 import csv
 import json
 import math
+import operator
 import os
 import statistics
 import sys
 import textwrap
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from itertools import islice, zip_longest
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import data
-from model import GPT
-from prune import METHODS
+from model import GPT, SHAPES, GPTConfig, KVCache, read_config
+from prune import METHODS, Pruner, device_multiple, fine_prune, leftover_at, make_optimizer
 
 MEASURES = {  # a value in measure.json: its name in tables and figures
     "loss": "validation loss (nats/token)", "perplexity": "perplexity", "exact_match": "exact match", "bleu": "BLEU",
@@ -415,35 +422,266 @@ def sample(args):
         print(" | ".join(f"{part:56}" for part in parts).rstrip())
 
 
+# Speed. Two numbers first: the operations (a multiply-add is 2) and the bytes that a task cannot do without. Divided by
+# how many of each the machine does in a second, they give the least time it can take, and so the floor of a ratio.
+
+
+def timed(function, device):
+    """How many seconds `function` takes, and what it returns."""
+    began, result = time.perf_counter(), function()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began, result
+
+
+def peaks(device, dtype):
+    """Operations per second of a large matrix product on this device, and bytes per second of a large copy."""
+    n, size = (2048, 2**25) if device == "cpu" else (8192, 2**28)
+    a, b, c = torch.zeros(3, n, n, device=device, dtype=dtype).normal_()
+    source, target = torch.zeros(2, size, device=device)
+    product = min(timed(lambda: torch.mm(a, b, out=c), device)[0] for _ in range(20))
+    return 2 * n**3 / product, 2 * 4 * size / min(timed(lambda: target.copy_(source), device)[0] for _ in range(20))
+
+
+def operations(config, T, past=0):
+    """What a forward pass over T tokens after `past` others takes per token: in all blocks, and in the output head."""
+    d = config.n_embd
+    keys = sum(min(i, window or i) for window in config.windows for i in range(past + 1, past + T + 1)) / T
+    return sum(8 * d * d + 4 * d * k for k in config.mlp_widths) + 4 * d * keys, 2 * d * config.vocab_size
+
+
+def weight_bytes(model):
+    """Bytes of the weights that reading one token takes: all but the other positions' embeddings."""
+    return sum(p.numel() * p.element_size() for p in model.parameters()) - model.wpe.weight.nbytes
+
+
+@torch.no_grad()
+def read_and_write(model, idx, new):
+    """Seconds per token to read `idx` [B, T] (prefill), and to write `new` tokens after it, one by one (decode)."""
+    device, (B, T) = idx.device.type, idx.shape
+    cache = KVCache(model.config, torch.zeros(B, dtype=torch.long, device=idx.device), T + new, model.wte.weight.dtype)
+    prefill, logits = timed(lambda: model.next_logits(idx, cache), device)
+
+    def write():
+        token = logits.argmax(-1, keepdim=True)  # [B, 1]
+        for _ in range(new):
+            token = model.next_logits(token, cache).argmax(-1, keepdim=True)
+
+    return prefill / (B * T), timed(write, device)[0] / (B * new)
+
+
+def in_child(function, *args):
+    """What `function` returns in a process of its own, of which nothing else has used memory."""
+    with get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
+
+
+def peak_memory(device):
+    """Bytes that this process has held at most: on the GPU, or (Linux only) in main memory."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(status["VmHWM"].split()[0]) * 1024
+
+
+def inference_memory(path, device, dtype, shape, new):
+    """Peak bytes of loading a model, reading `shape` (B, T) and writing `new` tokens, less what was there before."""
+    before = peak_memory(device)
+    model = GPT.from_pretrained(path).to(device, dtype)
+    read_and_write(model, torch.zeros(shape, dtype=torch.long, device=device), new)
+    return peak_memory(device) - before
+
+
+def speed(args):
+    """Time each run's model against its dense one, in turns in one process, beside what counting allows."""
+    dtype = getattr(torch, args.dtype)
+    for run in map(read_run, args.runs):
+        dense = dense_run(run, args.dense)
+        if dense is None:
+            raise ValueError(f"{run.path} has no dense model beside it to compare with: name one with --dense DIR")
+        paths = [dense.path, run.path]
+        models = [GPT.from_pretrained(path).to(args.device, dtype) for path in paths]
+        T, new = min(256, models[1].config.n_positions // 2), min(32, models[1].config.n_positions // 4)
+        print(f"\n{run.path} against {dense.path}: tokens per second, {T} read and {new} written, medians of "
+              f"{args.rounds} rounds\n{'':20}{'dense':>12}{'this':>12}{'ratio':>9}{'allowed':>9}{'reached':>9}")
+        for B in (1, 8):
+            idx = torch.randint(models[0].config.vocab_size, (B, T), device=args.device)
+            rounds = [[read_and_write(model, idx, new) for model in models] for _ in range(args.rounds + 1)][1:]
+            counts = []  # for each model, per token: operations of prefill, bytes of decode
+            for model in models:
+                blocks, head = operations(model.config, T)
+                cached = 2 * model.config.n_layer * model.config.n_embd * (T + new / 2) * model.wte.weight.element_size()
+                counts.append((blocks + head / T, weight_bytes(model) / B + cached))
+            for i, what in enumerate(("prefill", "decode")):
+                ratio = statistics.median(before[i] / after[i] for before, after in rounds)
+                allowed = counts[0][i] / counts[1][i]
+                cells = [1 / statistics.median(of[m][i] for of in rounds) for m in (0, 1)]
+                print(f"{f'{what}, batch {B}':20}{cells[0]:12,.0f}{cells[1]:12,.0f}{ratio:8.2f}x{allowed:8.2f}x"
+                      f"{ratio / allowed:9.0%}")
+        sizes = [sum(file.stat().st_size for file in path.glob("*.safetensors")) for path in paths]
+        peak = [in_child(inference_memory, path, args.device, dtype, (8, T), new) for path in paths]
+        for what, (before, after) in (("peak memory, batch 8", peak), ("file size", sizes)):
+            print(f"{what:20}{before / 1e6:9,.1f} MB{after / 1e6:9,.1f} MB{after / before:8.2f}x")
+        if awkward := [k for k in models[1].config.mlp_widths if k % 8]:
+            print(f"widths {', '.join(map(str, awkward))} are awkward for most devices: shrink(model, multiple_of=8) "
+                  f"of prune.py adds zero neurons up to a multiple of 8; the model computes the same")
+
+
+BENCH = {"none": ("none", "layer"), "topv": ("topv", "layer"), "Global Top_v": ("topv", "global"),
+         "gum": ("gum", "global")}  # what `bench` times: method, scope
+FRACTIONS = (1.0, 0.5, 0.25, 0.1)  # at these v_t
+
+
+def least_work(config, v, shape, similar, distill):
+    """Operations and bytes that a training step on a batch of `shape` (B, T) cannot do without, at v_t = v."""
+    kept = replace(config, mlp_widths=[round(v * m) for m in config.mlp_widths])
+    pairs, tokens, d = sum(k * k for k in kept.mlp_widths), math.prod(shape), config.n_embd
+    # Backward is twice forward; a teacher goes forward only; the similarity of `similar` tokens is symmetric.
+    work = tokens * (3 * sum(operations(kept, shape[1])) + distill * sum(operations(config, shape[1]))) + similar * pairs
+    # In float32: a weight is read forward and backward, its gradient written, and read for the norm; AdamW reads four
+    # numbers and writes three. Half of C is read and written.
+    weights = d * (config.vocab_size + config.n_positions + sum(4 * d + 2 * m for m in config.mlp_widths))
+    return work, 4 * (11 * weights + pairs * (similar > 0))
+
+
+def bench_steps(config, shape, names, args):
+    """A function that makes a training step by one of BENCH, on random weights and tokens, for those in `names`.
+
+    They share one model. A learning rate of 0 makes every step like the last.
+    """
+    torch.manual_seed(0)
+    how = SimpleNamespace(lr=0.0, mask_lr=0.0, weight_decay=0.1, eps=1e-8, label_smoothing=0.0, alpha_ce=0.5,
+                          alpha_kd=0.5, temperature=2.0, dtype=args.dtype)
+    model, teacher = GPT(config).to(args.device), GPT(config if args.distill else GPTConfig(1, 1, 1, 1, 1))
+    teacher = teacher.to(args.device).eval().requires_grad_(False)
+    model.gradient_checkpointing = args.gradient_checkpointing
+    for block in (*model.h, *teacher.h) if args.compile else ():
+        block.compile(dynamic=True)
+    pruners = {name: Pruner(model, BENCH[name][0], 1.0, 1000, BENCH[name][1], multiple_of=device_multiple(args.device))
+               for name in names}
+    scores = pruners[names[-1]].scores
+    scores.data.normal_()
+    for pruner in pruners.values():  # one set of scores serves all
+        pruner.scores = scores if pruner.scores.requires_grad else pruner.scores
+    optimizer = make_optimizer(model, pruners[names[-1]], how)
+    tokens = torch.randint(config.vocab_size, shape)
+    batch = tokens, tokens, torch.ones_like(tokens, dtype=torch.bool)
+
+    def step(name, v, similar=None, distill=False):
+        pruners[name].leftover = v
+        micro_batches = data.micro_batches(batch, args.device, args.accumulate, similar=similar)
+        fine_prune(model, pruners[name], optimizer, micro_batches, 1000, how, teacher if distill else None)
+
+    return step
+
+
+def training_memory(config, shape, name, args):
+    """Peak bytes of training steps by one of BENCH, less what was there before."""
+    before, step = peak_memory(args.device), bench_steps(config, shape, [name], args)
+    for v in (1.0, 1.0, 0.5):
+        step(name, v)
+    return peak_memory(args.device) - before
+
+
+def bench(args):
+    """Time a training step by each method, in turns in one process, as a ratio to plain fine-tuning, with its floor."""
+    config = GPTConfig(**SHAPES[args.model]) if args.model in SHAPES else read_config(args.model)
+    shape = args.batch_size, min(args.block_size or 256, config.n_positions)
+    step, seconds = bench_steps(config, shape, list(BENCH), args), {}
+    rows = [(name, None) for name in BENCH] + [("gum", args.sim_tokens)] * bool(args.sim_tokens)
+    cases = [(name, v, similar, distill) for distill in ((False, True) if args.distill else (False,))
+             for name, similar in rows for v in FRACTIONS[: 1 if name == "none" else None]]
+    for number in tqdm(range(args.rounds + 1), unit="round", leave=False):
+        for case in cases:
+            taken, _ = timed(lambda: step(*case), args.device)
+            if number:  # the first round warms up
+                seconds.setdefault(case, []).append(taken)
+    none = cases[0]
+    most, usual = peaks(args.device, getattr(torch, args.dtype)), statistics.median(seconds[none])
+    floors, ratios = {}, {}
+    for case in cases:
+        name, v, similar, distill = case
+        work, moved = least_work(config, v, shape, (similar or math.prod(shape)) * (name == "gum"), distill)
+        floors[case] = work / most[0] + moved / most[1]  # seconds
+        ratios[case] = statistics.median(map(operator.truediv, seconds[case], seconds[none]))
+    print(f"{args.model}, {shape[0]} x {shape[1]} tokens, {args.device}, {args.dtype}, {torch.get_num_threads()} threads: "
+          f"medians of {args.rounds} rounds.\nA large matrix product makes {most[0] / 1e12:.3g} TFLOP/s here, a copy moves "
+          f"{most[1] / 1e9:.3g} GB/s. A step of none takes {usual:.4g} s, its floor is {floors[none]:.4g} s;\nit makes "
+          f"{least_work(config, 1.0, shape, 0, False)[0] / usual / most[0]:.0%} of the TFLOP/s of that product.\n\n"
+          f"| a step's time, none = 1 (floor) | {' | '.join(f'v_t = {v:g}' for v in FRACTIONS)} | 1 to 0.25 | 1 to 0.1 |\n"
+          f"| --- | {'--- | ' * (len(FRACTIONS) + 2)}")
+    for distill in (False, True) if args.distill else (False,):
+        for name, similar in rows:
+            points = [[values.get((name, v, similar, distill), values[name, 1.0, similar, distill]) for v in FRACTIONS]
+                      for values in (ratios, floors)]
+            cells = list(zip(*points))
+            for goal in (0.25, 0.1):  # the mean over the schedule, on straight lines between the points
+                along = [leftover_at(t, 1000, goal) for t in range(1, 1001)]
+                cells.append([np.interp(along, FRACTIONS[::-1], values[::-1]).mean() for values in points])
+            print(f"| {name}{f', {similar} tokens for the similarity' if similar else ''}{', distilled' * distill} | "
+                  + " | ".join(f"{ratio:.2f} ({floor / floors[none]:.2f})" for ratio, floor in cells) + " |")
+    peak = {name: in_child(training_memory, config, shape, name, args) / 1e9 for name in ("none", "gum")}
+    matrices = 4 * sum(m * m for m in config.mlp_widths) / 1e9
+    print(f"\nPeak memory: none {peak['none']:.3g} GB, gum {peak['gum']:.3g} GB, of which the similarity's matrices "
+          f"{matrices:.3g} GB: {peak['gum'] / (peak['none'] + matrices):.0%} of the two together.")
+
+
+def at_least(least):
+    """What argparse calls a type: a whole number from `least` upwards."""
+    def whole(text):
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        return int(text)
+
+    return whole
+
+
 def main():
-    commands = {command.__name__: command for command in (evaluate, table, figures, sample)}
+    commands = {command.__name__: command for command in (evaluate, table, figures, sample, speed, bench)}
     command, *words = sys.argv[1:] if sys.argv[1:2] and sys.argv[1] in commands else ["evaluate", *sys.argv[1:]]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.print_usage, flag = lambda file: None, parser.add_argument  # so that a mistake takes one line
-    flag("runs", metavar="RUN", nargs="+", help="the folders of finished runs")
-    flag("--dense", help="the dense model's folder (default: the run of the same data, model and seed beside RUN)")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    flag("--dataset", choices=data.DATASETS, help="what to measure on (default, as of the next three: the run's)")
-    flag("--data-path", help="a local folder with the data")
-    flag("--data-config", help="the data's configuration")
-    flag("--block-size", type=int, help="tokens per sequence (of a folder with only a model: its context)")
-    flag("--split", choices=("train", "validation"), default="train", help="to measure redundancy on (default: train)")
-    flag("--examples", type=int, default=512, help="how many of its sequences, the first; 0 = all (default: 512)")
-    flag("--generate", type=int, default=0, help="how many prompts to write texts for, if need be (default: 0 = all)")
-    flag("--beams", type=int, default=1, help="for these texts (default: 1, greedy; usual for e2e: 10)")
-    flag("--outputs", action="store_true", help="write outputs.txt and references.txt as e2e-metrics reads them")
-    flag("--metric", choices=MEASURES, help="for table: what to show (default: what the data asks for)")
-    flag("--format", choices=("markdown", "csv", "latex"), default="markdown", help="for table (default: markdown)")
-    flag("--out", default="figures", help="for figures: the folder to draw into (default: figures)")
-    flag("--prompt", default="", help="for sample: the text to continue")
-    flag("--tokens", type=int, default=120, help="for sample: how many to write at most (default: 120)")
+    parser.print_usage = lambda file: None  # so that a mistake takes one line
+
+    def flag(name, where, **how):
+        if where == "all" or command in where.split():
+            parser.add_argument(name, **how)
+
+    flag("runs", "evaluate table figures sample speed", metavar="RUN", nargs="+", help="the folders of finished runs")
+    flag("--dense", "evaluate sample speed",
+         help="the dense model's folder (default: the run of the same data, model and seed beside RUN)")
+    flag("--device", "evaluate sample speed bench", default="cuda" if torch.cuda.is_available() else "cpu",
+         help="cuda or cpu")
+    flag("--dataset", "evaluate", choices=data.DATASETS,
+         help="what to measure on (default, as of the next three: the run's)")
+    flag("--data-path", "evaluate", help="a local folder with the data")
+    flag("--data-config", "evaluate", help="the data's configuration")
+    flag("--block-size", "evaluate bench", type=at_least(1),
+         help="tokens per sequence (of a folder with only a model: its context; for bench: 256)")
+    flag("--split", "evaluate", choices=("train", "validation"), default="train",
+         help="to measure redundancy on (default: train)")
+    flag("--examples", "evaluate", type=at_least(0), default=512,
+         help="how many of its sequences, the first; 0 = all (default: 512)")
+    flag("--generate", "evaluate", type=at_least(0), default=0,
+         help="how many prompts to write texts for, if need be (default: 0 = all)")
+    flag("--beams", "evaluate", type=at_least(1), default=1, help="for these texts (default: 1, greedy; for e2e: 10)")
+    flag("--outputs", "evaluate", action="store_true", help="write outputs.txt and references.txt as e2e-metrics reads")
+    flag("--metric", "table", choices=MEASURES, help="what to show (default: what the data asks for)")
+    flag("--format", "table", choices=("markdown", "csv", "latex"), default="markdown", help="default: markdown")
+    flag("--out", "figures", default="figures", help="the folder to draw into (default: figures)")
+    flag("--prompt", "sample", required=True, help="the text to continue")
+    flag("--tokens", "sample", type=at_least(0), default=120, help="how many to write at most (default: 120)")
+    flag("--rounds", "speed bench", type=at_least(1), default=5, help="how often to time each thing (default: 5)")
+    flag("--dtype", "speed bench", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+    flag("--model", "bench", default="tiny", help=f"{', '.join(SHAPES)}, or a folder (default: tiny); weights are random")
+    flag("--batch-size", "bench", type=at_least(1), default=4, help="sequences per step (default: 4)")
+    flag("--accumulate", "bench", type=at_least(1), default=1, help="in so many micro-batches (default: 1)")
+    flag("--sim-tokens", "bench", type=at_least(1), help="time gum with so many tokens for the similarity, too")
+    flag("--distill", "bench", action="store_true", help="time every method with a teacher, too")
+    flag("--compile", "bench", action="store_true", help="as in train.py")
+    flag("--gradient-checkpointing", "bench", action="store_true", help="as in train.py")
     args = parser.parse_args(words)
-    if min(args.examples, args.generate, args.tokens, args.beams - 1, (args.block_size or 1) - 1) < 0:
-        parser.error("--examples, --generate and --tokens must be at least 0, --beams and --block-size at least 1")
-    if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
+    if getattr(args, "device", "cpu") != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
         parser.error(f"--device {args.device}: it is cpu, or cuda where this machine and this build of torch have it")
-    if command == "sample" and not args.prompt:
-        parser.error("sample wants a text to continue: --prompt TEXT")
     try:
         commands[command](args)
     except (ValueError, OSError) as error:

@@ -93,41 +93,51 @@ def movement(mlp):
 # Uniqueness.
 
 
-def update_gram(C, h, keep, lambda_sim):
-    """Algorithm 1, in place: C <- (1 - lambda_sim) C + lambda_sim h^T h. Returns the kept neurons' U [k] (eq. 4).
+def update_gram(C, h, keep, weight):
+    """Algorithm 1, in place: C <- C + weight h^T h. Returns the kept neurons' U [k] (eq. 4).
 
     `C` [m, m] are the running inner products, of which only those on and above the diagonal count: it is symmetric. The
     paper's Q is its diagonal. `h` [tokens, k] are the outputs of the neurons `keep` [k] (None = all), lower index first.
-    A pruned neuron has h = 0, so its row and column only decay.
+    A pruned neuron has h = 0, so its row and column receive nothing. How C decays is in `Pruner.observing`; U does not
+    depend on its scale.
 
     U_j = (1 / k) sum over i != j of |C_ij| / sqrt(C_ii C_jj): the released code's absolute value, not the signed eq. 4,
     for an opposite neuron is as redundant as an equal one. A neuron that is always 0 is like nothing: U = 0.
     """
-    C.mul_(1 - lambda_sim)
-    k, every = h.size(1), slice(None)
-    norm = C.diagonal()[every if keep is None else keep] + lambda_sim * h.square().sum(0, dtype=C.dtype)  # C_ii [k]
-    inverse, U = torch.where(norm > 0, norm.rsqrt(), 0.0), torch.zeros_like(norm)  # [k]
-    if not (h.is_cuda and h.dtype == torch.bfloat16):
-        h = h.to(C.dtype)
-    panel = max(256, -(-k // 4))  # rows at a time: no second [m, m], and nearly half of the products are never made
-    for start in range(0, k, panel):
-        rows = slice(start, start + panel)
-        products = inner_products(h[:, rows], h[:, start:], C.dtype)  # [panel, k - start]
+    k = h.size(1)
+    inverse, U = C.new_zeros(2, k)  # 1 / |h_i| [k], U [k]
+    panel = max(512, -(-k // 256) * 64)  # rows at a time: no second [m, m], and nearly half of the products are not made
+    for start in reversed(range(0, k, panel)):  # from the bottom up, because 1 / |h_j| of the columns is needed
+        rows = slice(start, min(start + panel, k))
+        products = inner_products(h[:, rows], h[:, start:], C.dtype).mul_(weight)  # [panel, k - start]
         if keep is None:
-            alike = C[rows, start:].add_(products, alpha=lambda_sim).abs()
+            block = C[rows, start:].add_(products)
         else:
-            kept = C.index_select(0, keep[rows]).index_add_(1, keep[start:], products, alpha=lambda_sim)  # [panel, m]
+            kept = C.index_select(0, keep[rows]).index_add_(1, keep[start:], products)  # [panel, m]
             C.index_copy_(0, keep[rows], kept)
-            alike = kept.index_select(1, keep[start:]).abs_()  # [panel, k - start]
-        alike.triu_(1)  # each pair once
+            block = kept.index_select(1, keep[start:])  # [panel, k - start]
+        inverse[rows] = block.diagonal().clamp(min=torch.finfo(C.dtype).tiny).rsqrt()  # if C_ii = 0, so is every C_ij
+        alike = block.abs().triu_(1)  # each pair once
         U[rows] += alike @ inverse[start:]
         U[start:] += inverse[rows] @ alike
     return U.mul_(inverse).div_(max(k, 1))
 
 
 def inner_products(a, b, dtype):
-    """a^T b [i, j] of `a` [tokens, i] and `b` [tokens, j], summed up in `dtype`."""
-    return a.T @ b if a.dtype == dtype else torch.mm(a.T, b, out_dtype=dtype)  # tensor cores sum bfloat16 up in float32
+    """a^T b [i, j] of `a` [tokens, i] and `b` [tokens, j], summed up in `dtype`.
+
+    Where the device multiplies faster in lower precision, float32 is rounded first, to TF32 on a GPU and to bfloat16 on
+    a CPU with the units for it. U is a mean over so many products that it does not notice.
+    """
+    if a.dtype != dtype and a.is_cuda:
+        return torch.mm(a.T, b, out_dtype=dtype)
+    a, b = a.to(dtype), b.to(dtype)
+    usual = torch.get_float32_matmul_precision()
+    if b.size(1) >= 512:  # for fewer columns, making a kernel for the shape would cost more than it saves
+        torch.set_float32_matmul_precision("medium")
+    products = a.T @ b
+    torch.set_float32_matmul_precision(usual)
+    return products
 
 
 # The five methods.
@@ -156,7 +166,7 @@ class Pruner:
         if method == "random":
             uniform = torch.rand(sum(self.widths), generator=torch.Generator().manual_seed(seed), dtype=like.dtype)
             self.scores.data.copy_(uniform)
-        self.gram = []  # C of each layer [m, m], its upper triangle
+        self.gram, self.gram_scale = [], 1.0  # C of each layer, divided by the scale: [m, m], the upper triangle
         if method in LEARNED and self.lambda_gum > 0:
             self.gram = [like.new_zeros(width, width) for width in self.widths]
         self.uniqueness_penalty = torch.zeros_like(self.scores.data)  # U [N]
@@ -188,6 +198,16 @@ class Pruner:
 
         Where the backward pass computes activations again, it is not within: each is seen once.
         """
+        if not self.gram:
+            yield
+            return
+        # C <- (1 - lambda_sim) C + lambda_sim h^T h, where the first factor goes into the scale: C is not even touched
+        # where nothing is added to it. Before float32 runs out of exponents, the scale goes back into C.
+        self.gram_scale *= 1 - self.lambda_sim
+        if self.gram_scale < 1e-12:
+            for C in self.gram:
+                C.mul_(self.gram_scale)
+            self.gram_scale = 1.0
         penalties = self.uniqueness_penalty.zero_().split(self.widths)  # U = 0 for pruned neurons
         for mlp, C, U in zip(self.mlps, self.gram, penalties):
             mlp.observer = partial(self.observe, mlp, C, U, tokens)
@@ -203,7 +223,7 @@ class Pruner:
         h = h.flatten(0, 1) if tokens is None else h.flatten(0, 1).index_select(0, tokens)  # [tokens, k]
         keep = None if mlp.keep is None else mlp.keep[: h.size(1)]
         with torch.autocast(h.device.type, enabled=False):
-            U[slice(None) if keep is None else keep] = update_gram(C, h, keep, self.lambda_sim)
+            U[slice(None) if keep is None else keep] = update_gram(C, h, keep, self.lambda_sim / self.gram_scale)
 
     @torch.no_grad()
     def score_gradient(self, step):
@@ -227,10 +247,11 @@ class Pruner:
         self.scores.grad = task + weight * sigmoid * (1 - sigmoid)
 
     def state_dict(self):
-        return {"scores": self.scores.data, "gram": self.gram}
+        return {"scores": self.scores.data, "gram": self.gram, "gram_scale": self.gram_scale}
 
     def load_state_dict(self, state):
         self.scores.data.copy_(state["scores"])
+        self.gram_scale = state["gram_scale"]
         for C, saved in zip(self.gram, state["gram"]):
             C.copy_(saved)
 
@@ -247,6 +268,11 @@ def distillation_loss(logits, teacher_logits, targets, temperature):
     student = F.log_softmax(logits[counts].float() / temperature, dim=-1)  # [tokens, V]
     teacher = F.log_softmax(teacher_logits[counts].float() / temperature, dim=-1)
     return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+
+
+def device_multiple(device):
+    """What number of neurons a device likes to compute a multiple of: a GPU's tensor cores work on tiles."""
+    return 64 if device.startswith("cuda") else 1
 
 
 def make_optimizer(model, pruner, args):

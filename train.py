@@ -28,13 +28,11 @@ from tqdm import tqdm
 
 import data
 import measure
-from model import GPT, GPTConfig
-from prune import LEARNED, METHODS, Pruner, fine_prune, leftover_at, make_optimizer, shrink
+from model import GPT, SHAPES, GPTConfig
+from prune import LEARNED, METHODS, Pruner, device_multiple, fine_prune, leftover_at, make_optimizer, shrink
 
 # Launched by torchrun, N processes run this file in step. Each trains on its share of every batch; 0 alone writes.
 PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-TINY = dict(vocab_size=257, n_positions=256, n_embd=128, n_layer=4, n_head=4)  # a byte-level GPT-2
 
 # The paper's settings (Appendix F); what it does not give is its released code's. `tiny`, trained from scratch, has
 # some of its own. Settings that depend on others are in `resolve`.
@@ -43,7 +41,7 @@ DEFAULTS = dict(
     lr=5e-4, eps=1e-4, weight_decay=0.1, label_smoothing=0.0, mask_lr=1e-2, lambda_mvp=2.0, lambda_sim=0.99, tau=0.1,
     alpha_ce=0.5, alpha_kd=0.5, temperature=2.0, device="cuda" if torch.cuda.is_available() else "cpu",
     checkpoint_every=500, log_every=10)
-FOR_TINY = dict(steps=1600, batch_size=16, lr=4e-3, eps=1e-8, checkpoint_every=200, log_every=20)
+FOR_TINY = dict(steps=1000, batch_size=32, lr=5e-3, eps=1e-8, checkpoint_every=200, log_every=20)
 BLOCK_SIZE = dict(stdlib=64, toysql=256, wikisql=512, e2e=512, wikitext=1024, samsum=1024)  # tokens
 
 # Settings that mean something only when pruning, or when distilling; and flags that do not change what comes out.
@@ -314,7 +312,7 @@ def train(args, steps, model, teacher, train_data, val_data, resumed, stop):
     """
     checkpoint, log = Path(args.out) / "checkpoint.pt", Path(args.out) / "log.jsonl"
     pruner = Pruner(model, args.method, args.leftover, steps, args.scope, args.lambda_mvp, args.lambda_gum,
-                    args.lambda_sim, args.tau, args.seed, multiple_of=64 if args.device.startswith("cuda") else 1)
+                    args.lambda_sim, args.tau, args.seed, device_multiple(args.device))
     optimizer = make_optimizer(model, pruner, args)
     sums = dict(seconds=0.0, tokens=0, loss=0.0, norm=0.0, since=0)  # loss and norm: over the steps since the last line
     done = saved = 0
@@ -410,7 +408,7 @@ def load_model(source, args):
     if source is not None:
         return GPT.from_pretrained(source).to(args.device)
     torch.manual_seed(args.seed)
-    return GPT(GPTConfig(**TINY)).to(args.device)
+    return GPT(GPTConfig(**SHAPES["tiny"])).to(args.device)
 
 
 def run(flags, implied=False):
@@ -437,7 +435,7 @@ def run(flags, implied=False):
     # What can be wrong with the model, the data and the teacher is found here.
     source = args.model if not tiny else dense if args.method != "none" else None
     model = None if tiny else load_model(source, args)
-    config = GPTConfig(**TINY) if tiny else model.config
+    config = GPTConfig(**SHAPES["tiny"]) if tiny else model.config
     block_size = args.block_size or min(BLOCK_SIZE[args.dataset], config.n_positions)
     if block_size > config.n_positions:
         raise ValueError(f"--block-size {block_size} is longer than the model's context of {config.n_positions} tokens")
@@ -551,6 +549,8 @@ def report(metrics, folder):
 
 def main():
     flags = parse()
+    # A pruned neuron's gradient is 0, so AdamW's mean of it shrinks until a CPU would compute with it in slow motion.
+    torch.set_flush_denormal(True)
     try:
         if PROCESSES > 1:
             join_processes(flags)
