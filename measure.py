@@ -509,8 +509,8 @@ def speed(args):
             rounds = [[read_and_write(model, idx, new) for model in models] for _ in range(args.rounds + 1)][1:]
             counts = []  # for each model, per token: operations of prefill, bytes of decode
             for model in models:
-                blocks, head = operations(model.config, T)
-                cached = 2 * model.config.n_layer * model.config.n_embd * (T + new / 2) * model.wte.weight.element_size()
+                (blocks, head), config = operations(model.config, T), model.config
+                cached = 2 * config.n_layer * config.n_embd * (T + new / 2) * model.wte.weight.element_size()
                 counts.append((blocks + head / T, weight_bytes(model) / B + cached))
             for i, what in enumerate(("prefill", "decode")):
                 ratio = statistics.median(before[i] / after[i] for before, after in rounds)
@@ -537,7 +537,8 @@ def least_work(config, v, shape, similar, distill):
     kept = replace(config, mlp_widths=[round(v * m) for m in config.mlp_widths])
     pairs, tokens, d = sum(k * k for k in kept.mlp_widths), math.prod(shape), config.n_embd
     # Backward is twice forward; a teacher goes forward only; the similarity of `similar` tokens is symmetric.
-    work = tokens * (3 * sum(operations(kept, shape[1])) + distill * sum(operations(config, shape[1]))) + similar * pairs
+    ours, teachers = sum(operations(kept, shape[1])), sum(operations(config, shape[1]))
+    work = tokens * (3 * ours + distill * teachers) + similar * pairs
     # In float32: a weight is read forward and backward, its gradient written, and read for the norm; AdamW reads four
     # numbers and writes three. Half of C is read and written.
     weights = d * (config.vocab_size + config.n_positions + sum(4 * d + 2 * m for m in config.mlp_widths))
@@ -604,12 +605,14 @@ def bench(args):
         work, moved = least_work(config, v, shape, (similar or math.prod(shape)) * (name == "gum"), distill)
         floors[case] = work / most[0] + moved / most[1]  # seconds
         ratios[case] = statistics.median(map(operator.truediv, seconds[case], seconds[none]))
-    print(f"{args.model}, {shape[0]} x {shape[1]} tokens, {args.device}, {args.dtype}, {torch.get_num_threads()} threads: "
-          f"medians of {args.rounds} rounds.\nA large matrix product makes {most[0] / 1e12:.3g} TFLOP/s here, a copy moves "
+    reached = least_work(config, 1.0, shape, 0, False)[0] / usual / most[0]
+    print(f"{args.model}, {shape[0]} x {shape[1]} tokens, {args.device}, {args.dtype}, {torch.get_num_threads()} "
+          f"threads, medians of {args.rounds} rounds.\nA large matrix product makes {most[0] / 1e12:.3g} TFLOP/s, a copy "
           f"{most[1] / 1e9:.3g} GB/s. A step of none takes {usual:.4g} s, its floor is {floors[none]:.4g} s;\nit makes "
-          f"{least_work(config, 1.0, shape, 0, False)[0] / usual / most[0]:.0%} of the TFLOP/s of that product.\n\n"
-          f"| a step's time, none = 1 (floor) | {' | '.join(f'v_t = {v:g}' for v in FRACTIONS)} | 1 to 0.25 | 1 to 0.1 |\n"
-          f"| --- | {'--- | ' * (len(FRACTIONS) + 2)}")
+          f"{reached:.0%} of the TFLOP/s of that product.\n")
+    columns = [f"v_t = {v:g}" for v in FRACTIONS] + ["1 to 0.25", "1 to 0.1"]
+    print(f"| a step's time, none = 1 (floor) | {' | '.join(columns)} |")
+    print("| --- " * (len(columns) + 1) + "|")
     for distill in (False, True) if args.distill else (False,):
         for name, similar in rows:
             points = [[values.get((name, v, similar, distill), values[name, 1.0, similar, distill]) for v in FRACTIONS]
@@ -672,7 +675,8 @@ def main():
     flag("--tokens", "sample", type=at_least(0), default=120, help="how many to write at most (default: 120)")
     flag("--rounds", "speed bench", type=at_least(1), default=5, help="how often to time each thing (default: 5)")
     flag("--dtype", "speed bench", choices=("float32", "bfloat16"), default="float32", help="default: float32")
-    flag("--model", "bench", default="tiny", help=f"{', '.join(SHAPES)}, or a folder (default: tiny); weights are random")
+    flag("--model", "bench", default="tiny", help=f"whose shape to give to random weights: {', '.join(SHAPES)}, or a "
+         "folder (default: tiny)")
     flag("--batch-size", "bench", type=at_least(1), default=4, help="sequences per step (default: 4)")
     flag("--accumulate", "bench", type=at_least(1), default=1, help="in so many micro-batches (default: 1)")
     flag("--sim-tokens", "bench", type=at_least(1), help="time gum with so many tokens for the similarity, too")

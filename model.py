@@ -189,8 +189,8 @@ class HeadLoss(torch.autograd.Function):
         rows, device = max(64, 2 ** (27 if x.is_cuda else 23) // len(weight)), x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         head, needed, total = weight.to(dtype), any(ctx.needs_input_grad), 0.0
-        grad_x, grad_weight = (torch.empty_like(x), torch.zeros_like(weight)) if needed else (None, None)
-        for start in range(0, len(x), rows):
+        grad_x, grad_weight = (torch.empty_like(x), torch.empty_like(weight)) if needed else (None, None)
+        for start in range(0, max(len(x), 1), rows):
             some = slice(start, start + rows)
             features = x[some].to(dtype)  # [rows, d]
             logits = (features @ head.T).to(torch.promote_types(dtype, torch.float32)).requires_grad_(needed)
@@ -202,9 +202,9 @@ class HeadLoss(torch.autograd.Function):
                 del logits, loss  # the next ones take their place
                 grad_x[some] = grad @ head
                 if dtype == weight.dtype:
-                    grad_weight.addmm_(grad.T, features)  # [V, d]
+                    grad_weight.addmm_(grad.T, features, beta=int(start > 0))  # [V, d]; the first one overwrites
                 else:
-                    grad_weight += grad.T @ features
+                    grad_weight.copy_(grad_weight + grad.T @ features if start else grad.T @ features)
         ctx.grads = grad_x, grad_weight
         return total
 

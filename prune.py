@@ -96,8 +96,8 @@ def movement(mlp):
 def update_gram(C, h, keep, weight):
     """Algorithm 1, in place: C <- C + weight h^T h. Returns the kept neurons' U [k] (eq. 4).
 
-    `C` [m, m] are the running inner products, of which only those on and above the diagonal count: it is symmetric. The
-    paper's Q is its diagonal. `h` [tokens, k] are the outputs of the neurons `keep` [k] (None = all), lower index first.
+    `C` [m, m] are the running inner products, of which only those on and above the diagonal count: it is symmetric, and
+    the paper's Q is its diagonal. `h` [tokens, k] are the outputs of the neurons `keep` [k] (None = all), in order.
     A pruned neuron has h = 0, so its row and column receive nothing. How C decays is in `Pruner.observing`; U does not
     depend on its scale.
 
@@ -106,7 +106,7 @@ def update_gram(C, h, keep, weight):
     """
     k = h.size(1)
     inverse, U = C.new_zeros(2, k)  # 1 / |h_i| [k], U [k]
-    panel = max(512, -(-k // 256) * 64)  # rows at a time: no second [m, m], and nearly half of the products are not made
+    panel = max(512, -(-k // 4))  # rows at a time: no second [m, m], and nearly half of the products are never made
     for start in reversed(range(0, k, panel)):  # from the bottom up, because 1 / |h_j| of the columns is needed
         rows = slice(start, min(start + panel, k))
         products = inner_products(h[:, rows], h[:, start:], C.dtype).mul_(weight)  # [panel, k - start]
@@ -187,9 +187,10 @@ class Pruner:
         kept = torch.cat(kept).cpu().split(self.widths)  # the step's one wait for the device
         for mlp, mask in zip(self.mlps, kept):
             keep = mask.nonzero().squeeze(1)  # [k]
-            mlp.surplus = -len(keep) % self.multiple_of
-            keep = F.pad(keep, (0, mlp.surplus)).to(self.scores.device, non_blocking=True)
-            mlp.keep = None if mask.all() else keep
+            mlp.keep, mlp.surplus = None, 0
+            if len(keep) < len(mask):
+                mlp.surplus = -len(keep) % self.multiple_of
+                mlp.keep = F.pad(keep, (0, mlp.surplus)).to(self.scores.device, non_blocking=True)
         return [int(mask.sum()) for mask in kept]
 
     @contextmanager

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import data
 import prune
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, HeadLoss
 from prune import Pruner
 
 WIDTHS = (16, 12, 20)  # neurons per layer, unequal so that none is taken for another
@@ -73,7 +73,8 @@ def make_optimizer(model, scores=None, mask_lr=0.0, lr=0.02, weight_decay=0.1):
 def kept_neurons(model):
     """The indices of the kept neurons of each layer, as lists."""
     mlps = [block.mlp for block in model.h]
-    return [list(range(mlp.c_fc.out_features)) if mlp.keep is None else mlp.keep.tolist() for mlp in mlps]
+    return [list(range(mlp.c_fc.out_features)) if mlp.keep is None else mlp.keep[: len(mlp.keep) - mlp.surplus].tolist()
+            for mlp in mlps]
 
 
 def fine_prune(model, pruner, optimizer, batches, steps=None, parts=1):
@@ -144,9 +145,9 @@ def reference_kept(S, method, scope, t, T, leftover, tau, widths=WIDTHS):
     return [torch.tensor([float(j in neurons) for j in range(m)], dtype=S.dtype) for neurons, m in zip(kept, widths)]
 
 
-def whole(C):
-    """The symmetric matrix of which `C` [m, m] holds the upper triangle."""
-    return C.triu() + C.triu(1).T
+def running(pruner):
+    """Each layer's C [m, m], from its upper triangle and its scale."""
+    return [pruner.gram_scale * (C.triu() + C.triu(1).T) for C in pruner.gram]
 
 
 def reference_uniqueness(C, kept):
@@ -566,7 +567,7 @@ def test_the_regularisers_gradient_is_autograds(method, t):
     pruner.score_gradient(t)  # without a backward pass there is no task gradient
     S = pruner.scores.detach().clone().requires_grad_()
     scale = 1 - curve(t, 20) if method == "soft" else 1 + 3 * curve(t, 20)  # tau_t / tau, or v_t / v
-    reference_regulariser(S, [whole(C) for C in pruner.gram], masks, scale, 1.5, 7.0).backward()
+    reference_regulariser(S, running(pruner), masks, scale, 1.5, 7.0).backward()
     torch.testing.assert_close(pruner.scores.grad, S.grad, rtol=0, atol=1e-15)
 
 
@@ -604,9 +605,9 @@ def test_running_similarity_is_an_average_of_gram_matrices():
             with pruner.observing():
                 model(idx)
     assert comebacks(kept) > 10
-    for C, grams in zip(pruner.gram, terms):
+    for C, grams in zip(running(pruner), terms):
         direct = sum(0.3 * 0.7 ** (11 - s) * gram for s, gram in enumerate(grams))  # [m, m]
-        torch.testing.assert_close(C.triu(), direct.triu(), rtol=0, atol=1e-12)
+        torch.testing.assert_close(C, direct, rtol=0, atol=1e-12)
 
 
 def test_padding_is_left_out_of_the_similarity():
@@ -617,9 +618,9 @@ def test_padding_is_left_out_of_the_similarity():
     real = real.flip(1)  # padding on the left
     with pruner.observing(real.flatten().nonzero().squeeze(1)):
         model(idx)
-    for C, h in zip(pruner.gram, masked_activations(model, idx)):
+    for C, h in zip(running(pruner), masked_activations(model, idx)):
         direct = sum(0.3 * torch.outer(h[b, t], h[b, t]) for b, t in real.nonzero().tolist())  # [m, m]
-        torch.testing.assert_close(C.triu(), direct.triu(), rtol=0, atol=1e-12)
+        torch.testing.assert_close(C, direct, rtol=0, atol=1e-12)
 
 
 def test_uniqueness_is_the_mean_absolute_cosine_to_the_other_kept_neurons():
@@ -630,11 +631,11 @@ def test_uniqueness_is_the_mean_absolute_cosine_to_the_other_kept_neurons():
         prune_at_random(pruner, seed=step)
         with pruner.observing(real.flatten().nonzero().squeeze(1)):
             model(idx)
-        for U, C, kept, m in zip(pruner.uniqueness_penalty.split(WIDTHS), pruner.gram, kept_neurons(model), WIDTHS):
-            expected = reference_uniqueness(whole(C), [j in kept for j in range(m)])
+        for U, C, kept, m in zip(pruner.uniqueness_penalty.split(WIDTHS), running(pruner), kept_neurons(model), WIDTHS):
+            expected = reference_uniqueness(C, [j in kept for j in range(m)])
             torch.testing.assert_close(U, expected, rtol=0, atol=1e-13)
             assert U.any() and not U[[j for j in range(m) if j not in kept]].any()
-            signs |= set(whole(C)[kept][:, kept].sign().flatten().tolist())
+            signs |= set(C[kept][:, kept].sign().flatten().tolist())
     assert {-1.0, 1.0} <= signs  # opposite neurons are alike too
 
 
@@ -675,10 +676,128 @@ def test_similarity_of_bfloat16_activations_is_accumulated_in_float32():
         for block in model.h:
             block.mlp.observer = held.append
         model(make_batches(1)[0][0])
-    for C, h in zip(pruner.gram, held):
+    for C, h in zip(running(pruner), held):
         assert C.dtype == torch.float32 and h.dtype == torch.bfloat16
         h = h.detach().double().flatten(0, 1)  # [tokens, m]
-        torch.testing.assert_close(C.double().triu(), (0.3 * h.T @ h).triu(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(C.double(), 0.3 * h.T @ h, rtol=0, atol=1e-5)
+
+
+def test_the_scale_of_the_similarity_goes_back_into_it_before_it_vanishes():
+    model = make_model()
+    pruner = Pruner(model, "gum", 0.5, 10, lambda_sim=0.99)
+    prune_at_random(pruner, seed=0)
+    scales, direct = [], 0.0
+    for idx, _, _ in make_batches(15):
+        h = masked_activations(model, idx)[0].flatten(0, 1)
+        direct = 0.01 * direct + 0.99 * h.T @ h
+        with pruner.observing():
+            model(idx)
+        scales.append(pruner.gram_scale)
+        torch.testing.assert_close(running(pruner)[0], direct, rtol=1e-12, atol=1e-14)
+    assert min(scales) < 1e-9 and scales.count(1.0) == 2
+
+
+@pytest.mark.parametrize("k", [511, 512, 1300, 2048])
+def test_wide_layers_go_panel_by_panel(k):
+    # From 512 columns on, a device may round the products to fewer digits, as long as it sums in float32.
+    generator = torch.Generator().manual_seed(0)
+    h, m = torch.randn(300, k, generator=generator).relu(), 2048
+    C = torch.randn(500, m, generator=generator)
+    C = C.T @ C
+    keep = None if k == m else torch.randperm(m, generator=generator)[:k].sort().values
+    at, direct = torch.arange(m) if keep is None else keep, C.double()
+    direct[at[:, None], at] += 0.7 * h.double().T @ h.double()
+    exact = reference_uniqueness(direct[at][:, at], [True] * k) if k < 600 else None
+    U = prune.update_gram(C, h, keep, 0.7)
+    torch.testing.assert_close(C.triu().double(), direct.triu(), rtol=0.01, atol=1.0)  # C_ii is around 600
+    cos = (direct / (direct.diagonal()[:, None] * direct.diagonal()).sqrt()).abs()[at][:, at].fill_diagonal_(0)
+    torch.testing.assert_close(U.double(), cos.mean(1), rtol=0.002, atol=0)
+    assert exact is None or torch.allclose(exact, cos.mean(1))
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_the_similarity_sees_the_chosen_tokens_alone():
+    idx, targets, real = make_batches(1, size=8)[0]
+    chosen = [data.micro_batches((idx, targets, real), "cpu", parts=2, similar=6, seed=seed) for seed in (1, 1, 2)]
+    assert all(a.similar.equal(b.similar) for a, b in zip(*chosen[:2]))
+    assert not all(a.similar.equal(b.similar) for a, b in zip(*chosen[1:]))
+    for part, batch in enumerate(chosen[0]):
+        assert len(set(batch.similar.tolist())) == 3 and real[4 * part : 4 * part + 4].flatten()[batch.similar].all()
+    model = make_model()
+    pruner = Pruner(model, "gum", 0.5, 10, lambda_sim=0.3)
+    prune_at_random(pruner, seed=0)
+    with pruner.observing(chosen[0][0].similar):
+        model(idx[:4])
+    for C, h in zip(running(pruner), masked_activations(model, idx[:4])):
+        h = h.flatten(0, 1)[chosen[0][0].similar]
+        torch.testing.assert_close(C, 0.3 * h.T @ h, rtol=0, atol=1e-12)
+
+
+# What makes it fast changes nothing.
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("change", ["multiple_of", "gradient_checkpointing"])
+def test_what_is_faster_or_smaller_trains_the_same(method, change):
+    runs = []
+    for changed in (False, True):
+        model = make_model()
+        model.gradient_checkpointing = changed and change == "gradient_checkpointing"
+        pruner = Pruner(model, method, 0.25, 20, multiple_of=8 if changed and change == "multiple_of" else 1)
+        history = fine_prune(model, pruner, make_optimizer(model, pruner.scores, 0.03), make_batches(20))
+        surplus = [block.mlp.surplus for block in model.h]
+        shrunk = prune.shrink(copy.deepcopy(model))
+        runs.append((history, [*model.parameters(), pruner.scores, *running(pruner), *shrunk.parameters()]))
+    assert runs[0][0] == runs[1][0]
+    assert any(surplus) == (change == "multiple_of")
+    for ours, theirs in zip(runs[0][1], runs[1][1]):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("n", [0, 1, 400])
+def test_the_loss_of_a_long_vocabulary_goes_chunk_by_chunk(n):
+    generator, V, seen = torch.Generator().manual_seed(0), 50257, []
+    x = torch.randn(n, 4, dtype=torch.float64, generator=generator)
+    weight = torch.randn(V, 4, dtype=torch.float64, generator=generator)
+    targets = torch.randint(V, (n,), generator=generator)
+
+    def loss_of(logits, some):
+        seen.append(len(logits))
+        return F.cross_entropy(logits, targets[some], reduction="sum", label_smoothing=0.1) / 7
+
+    def whole(x, weight):
+        return F.cross_entropy(x @ weight.T, targets, reduction="sum", label_smoothing=0.1) * 3 / 7
+
+    grads = []
+    for loss in (lambda x, weight: HeadLoss.apply(x, weight, loss_of) * 3, whole):
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        value = loss(*leaves)
+        if n:
+            value.backward()
+        grads.append([torch.as_tensor(value), *(leaf.grad for leaf in leaves)] if n else [torch.as_tensor(value)])
+    for ours, theirs in zip(*grads):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-9, atol=1e-12)
+    assert sum(seen) == n and max(seen, default=0) < 200
+
+
+def test_the_step_is_its_equations_with_a_teacher_and_label_smoothing():
+    batch, teacher = make_batches(1)[0], make_model(seed=5)
+    for how in (dict(label_smoothing=0.2), dict(label_smoothing=0.0, alpha_ce=0.3, alpha_kd=0.6, temperature=3.0)):
+        taught, model = "temperature" in how, make_model()
+        pruner = Pruner(model, "none", 1.0, 20)
+        optimizer = make_optimizer(model, None, lr=0.0, weight_decay=0.0)
+        _, loss, norm = prune.fine_prune(model, pruner, optimizer, data.micro_batches(batch, "cpu"), 5,
+                                         SimpleNamespace(dtype="float32", **how), teacher if taught else None)
+        idx, targets, _ = batch
+        logits = model(idx)[0]
+        expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=how["label_smoothing"])
+        if taught:
+            p, q = ((x[targets != -100] / 3).softmax(-1) for x in (teacher(idx)[0], logits))  # [tokens, V]
+            expected = 0.3 * expected + 0.6 * 9 * (p * (p / q).log()).sum(1).mean()
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)  # the KL is computed in float32
+        expected.backward()
+        wanted = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+        torch.testing.assert_close(norm, wanted, rtol=1e-5, atol=0)
 
 
 # Distillation.
