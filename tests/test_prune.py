@@ -749,7 +749,7 @@ def test_what_is_faster_or_smaller_trains_the_same(method, change):
         shrunk = prune.shrink(copy.deepcopy(model))
         runs.append((history, [*model.parameters(), pruner.scores, *running(pruner), *shrunk.parameters()]))
     assert runs[0][0] == runs[1][0]
-    assert any(surplus) == (change == "multiple_of")
+    assert any(surplus) == (change == "multiple_of" and method != "soft")  # which prunes nothing in so few steps
     for ours, theirs in zip(runs[0][1], runs[1][1]):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
 
