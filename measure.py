@@ -633,7 +633,7 @@ def at_least(least):
     """What argparse calls a type: a whole number from `least` upwards."""
     def whole(text):
         if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+            raise argparse.ArgumentTypeError(f"{text} is not at least {least}")
         return int(text)
 
     return whole

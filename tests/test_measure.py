@@ -7,14 +7,17 @@ import os
 import re
 import statistics
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import measure
+import prune
 import train
 from model import GPT, GPTConfig
 
@@ -620,6 +623,70 @@ def test_a_sample_stands_beside_the_dense_models_and_is_the_same_each_time(capsy
     assert capsys.readouterr().out == first
 
 
+# Speed.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_operations_are_those_that_torch_counts(kind):
+    model, idx = tiny(kind, widths=(24, 17)), torch.zeros(3, 40, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(idx)
+    matrices = sum(count for op, count in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
+    blocks, head = measure.operations(model.config, 40)
+    keys = [[min(i + 1, window or 40) for i in range(40)] for window in model.config.windows]
+    attention = 4 * model.config.n_embd * sum(map(sum, keys)) / 40
+    assert matrices == pytest.approx(3 * 40 * (blocks - attention + head), rel=1e-12)
+
+
+def test_the_least_work_of_a_step():
+    model = tiny(widths=(24, 16))
+    work, moved = measure.least_work(model.config, 1.0, (3, 40), 0, False)
+    assert work == 3 * 120 * sum(measure.operations(model.config, 40))
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    assert moved == 4 * 11 * matrices
+    half = replace(model.config, mlp_widths=(12, 8))
+    taught, _ = measure.least_work(model.config, 0.5, (3, 40), 120, True)
+    assert taught == 120 * (3 * sum(measure.operations(half, 40)) + sum(measure.operations(model.config, 40))
+                            + 12**2 + 8**2)
+
+
+def test_speed_shows_what_is_reached_of_what_counting_allows(capsys):
+    start()
+    run("--method", "none", "--out", "out/dense")
+    run("--method", "topv", "--leftover", 0.1, "--out", "out/topv")
+    main("speed", "out/topv", "--rounds", 1, "--device", "cpu")
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line[:20].strip(): line[20:].split() for line in lines}
+    for what in ("prefill, batch 1", "decode, batch 1", "prefill, batch 8", "decode, batch 8"):
+        dense, this, ratio, allowed, reached = (float(cell.strip("x%").replace(",", "")) for cell in rows[what])
+        assert ratio == pytest.approx(this / dense, rel=0.02, abs=0.006)  # of the rounding in print
+        assert reached == pytest.approx(100 * ratio / allowed, abs=2) and 1 < allowed < 3
+    sizes = [Path("out", run, "model.safetensors").stat().st_size / 1e6 for run in ("dense", "topv")]
+    assert rows["file size"] == [f"{sizes[0]:.1f}", "MB", f"{sizes[1]:.1f}", "MB", f"{sizes[1] / sizes[0]:.2f}x"]
+    assert float(rows["peak memory, batch 8"][0]) > 0
+    assert "widths 6, 6 are awkward" in lines[-1] and "multiple_of=8" in lines[-1]
+    shrunk = prune.shrink(GPT.from_pretrained("out/topv"), multiple_of=8)
+    assert shrunk.config.mlp_widths == (8, 8)
+    idx = torch.arange(30)[None]
+    torch.testing.assert_close(shrunk(idx)[0], GPT.from_pretrained("out/topv")(idx)[0])
+
+
+def test_bench_times_every_method_with_and_without_a_teacher(capsys, monkeypatch):
+    monkeypatch.setattr(measure, "in_child", lambda function, *args: function(*args))
+    start()
+    main("bench", "--model", "small", "--batch-size", 2, "--block-size", 16, "--rounds", 1, "--sim-tokens", 8,
+         "--distill", "--accumulate", 2, "--gradient-checkpointing", "--device", "cpu")
+    out = capsys.readouterr().out
+    rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")]
+    names = ["none", "topv", "Global Top_v", "gum", "gum, 8 tokens for the similarity"]
+    assert [row[0].strip("| ") for row in rows[2:]] == names + [name + ", distilled" for name in names]
+    assert all(len(row) == 7 for row in rows)
+    ratio, floor = rows[2][1].split()
+    assert float(ratio) == 1 and floor == "(1.00)"
+    assert float(rows[6][3].split("(")[1].strip(")")) < 1 < float(rows[7][1].split("(")[1].strip(")"))
+    assert "Peak memory: none" in out
+
+
 # Mistakes.
 
 
@@ -644,6 +711,10 @@ def test_a_sample_stands_beside_the_dense_models_and_is_the_same_each_time(capsy
     (["figures", "fake"], ["python measure.py fake"]),
     (["sample", "small"], ["--prompt"]),
     (["sample", "small", "--prompt", ""], ["prompt"]),
+    (["table", "fake", "--beams", "3"], ["--beams"]),
+    (["speed", "small"], ["small", "--dense"]),
+    (["bench", "--model", "nowhere"], ["nowhere", "config.json"]),
+    (["bench", "--rounds", "0"], ["--rounds", "at least 1"]),
 ])
 def test_a_mistake_gets_one_line_and_status_2(words, says, capsys):
     start()

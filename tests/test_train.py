@@ -355,6 +355,42 @@ def test_a_number_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkp
     assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 8
 
 
+# What makes it faster, or smaller.
+
+
+@pytest.mark.parametrize("flags", [["--gradient-checkpointing"], ["--accumulate", 2, "--gradient-checkpointing"]])
+def test_gradient_checkpointing_trains_the_same(flags):
+    run("--method", "topv", "--out", "plain")
+    run("--method", "topv", "--out", "again", *flags)
+    for name, tensor in weights("plain").items():
+        torch.testing.assert_close(weights("again")[name], tensor, rtol=0, atol=1e-5)
+
+
+def test_compiled_blocks_train_the_same(monkeypatch):
+    # Traced, and run as traced: without the minutes that making kernels takes.
+    compiled, real = [], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda self, **how: compiled.append(self) or real(self, backend="eager", **how))
+    run("--method", "gum", "--leftover", 0.5, "--out", "plain")
+    assert not compiled
+    run("--method", "gum", "--leftover", 0.5, "--out", "compiled", "--compile")
+    assert len(compiled) == 2  # blocks
+    for name, tensor in weights("plain").items():
+        torch.testing.assert_close(weights("compiled")[name], tensor, rtol=0, atol=1e-4)
+
+
+def test_the_similarity_can_see_fewer_tokens_and_resumes_to_the_same_bits(monkeypatch):
+    run("--method", "gum", "--out", "all")
+    run("--method", "gum", "--out", "few", "--sim-tokens", 8)
+    assert not weights("all")["transformer.wte.weight"].equal(weights("few")["transformer.wte.weight"])
+    with monkeypatch.context() as patched:
+        die_at(patched, (torch.optim.AdamW, "step"), 7)
+        with pytest.raises(Killed):
+            run("--method", "gum", "--out", "killed", "--sim-tokens", 8)
+    run("--method", "gum", "--out", "killed", "--sim-tokens", 8, "--resume")
+    assert_same_run("few", "killed")
+
+
 # Mistakes.
 
 
@@ -397,6 +433,8 @@ def assert_fails(capsys, flags, *says):
     (["--model", "small", "--block-size", "129"], ["129", "128"]),
     (["--batch-size", "2", "--accumulate", "3"], ["--accumulate 3", "2"]),
     (["--resume"], ["nothing to resume", "without --resume"]),
+    (["--method", "topv", "--sim-tokens", "8"], ["--sim-tokens", "gum"]),
+    (["--sim-tokens", "0"], ["--sim-tokens", "above 0"]),
     (["--model", "small", "--distill"],
      ["--teacher", "python train.py --method none --dataset stdlib --model small --seed 0"]),
     (["--model", "small", "--distill", "--teacher", "nowhere"], ["nowhere"]),
