@@ -155,7 +155,9 @@ class MLP(nn.Module):
         if self.keep is not None:
             # index_select, because the gradient of w1[keep] would be sorted into place: several times slower.
             w1, b1 = w1.index_select(0, self.keep), b1.index_select(0, self.keep)  # [k, d] [k]
-            w2 = F.pad(w2.index_select(1, self.keep[: len(b1) - self.surplus]), (0, self.surplus))  # [d, k]
+            w2 = w2.index_select(1, self.keep[: len(b1) - self.surplus])  # [d, k]
+            if self.surplus:
+                w2 = F.pad(w2, (0, self.surplus))
         h = F.gelu(F.linear(x, w1, b1), approximate="tanh")  # [B, T, d] -> [B, T, k]
         if self.observer is not None:
             self.observer(h[..., : -self.surplus] if self.surplus else h)

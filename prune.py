@@ -185,13 +185,14 @@ class Pruner:
         else:
             kept = [top_v(self.scores, round(v_t * len(self.scores)))]
         kept = torch.cat(kept).cpu().split(self.widths)  # the step's one wait for the device
-        for mlp, mask in zip(self.mlps, kept):
-            keep = mask.nonzero().squeeze(1)  # [k]
-            mlp.keep, mlp.surplus = None, 0
-            if len(keep) < len(mask):
-                mlp.surplus = -len(keep) % self.multiple_of
-                mlp.keep = F.pad(keep, (0, mlp.surplus)).to(self.scores.device, non_blocking=True)
-        return [int(mask.sum()) for mask in kept]
+        kept = [mask.nonzero().squeeze(1) for mask in kept]  # [k] each
+        counts = [len(keep) for keep in kept]
+        surplus = [-k % self.multiple_of if k < m else 0 for k, m in zip(counts, self.widths)]
+        padded = torch.cat([F.pad(keep, (0, extra)) for keep, extra in zip(kept, surplus)]).to(self.scores.device)
+        for mlp, m, k, extra, keep in zip(self.mlps, self.widths, counts, surplus,
+                                          padded.split([k + extra for k, extra in zip(counts, surplus)])):
+            mlp.keep, mlp.surplus = (keep if k < m else None), extra
+        return counts
 
     @contextmanager
     def observing(self, tokens=None):
@@ -221,6 +222,7 @@ class Pruner:
     @torch.no_grad()
     @torch.compiler.disable
     def observe(self, mlp, C, U, tokens, h):
+        """One layer's part: h [B, T, k] goes into its C [m, m] and its neurons' U [m]."""
         h = h.flatten(0, 1) if tokens is None else h.flatten(0, 1).index_select(0, tokens)  # [tokens, k]
         keep = None if mlp.keep is None else mlp.keep[: h.size(1)]
         with torch.autocast(h.device.type, enabled=False):
@@ -266,9 +268,10 @@ def distillation_loss(logits, teacher_logits, targets, temperature):
     `logits` and `teacher_logits` [B, T, V]; `targets` [B, T], -100 where a token does not count.
     """
     counts = targets != -100
-    student = F.log_softmax(logits[counts].float() / temperature, dim=-1)  # [tokens, V]
-    teacher = F.log_softmax(teacher_logits[counts].float() / temperature, dim=-1)
-    return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+    student = F.log_softmax(logits.float() / temperature, dim=-1)  # [B, T, V]
+    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
+    kl = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)  # [B, T]
+    return temperature**2 * kl.where(counts, 0.0).sum() / counts.sum()  # kl[counts] would have to wait for the device
 
 
 def device_multiple(device):
