@@ -518,7 +518,8 @@ def speed(args):
                 cells = [1 / statistics.median(of[m][i] for of in rounds) for m in (0, 1)]
                 print(f"{f'{what}, batch {B}':20}{cells[0]:12,.0f}{cells[1]:12,.0f}{ratio:8.2f}x{allowed:8.2f}x"
                       f"{ratio / allowed:9.0%}")
-        sizes = [sum(file.stat().st_size for file in path.glob("*.safetensors")) for path in paths]
+        files = [[*path.glob("*.safetensors")] or [*path.glob("*.bin")] for path in paths]
+        sizes = [sum(file.stat().st_size for file in of_model) for of_model in files]
         peak = [in_child(inference_memory, path, args.device, dtype, (8, T), new) for path in paths]
         for what, (before, after) in (("peak memory, batch 8", peak), ("file size", sizes)):
             print(f"{what:20}{before / 1e6:9,.1f} MB{after / 1e6:9,.1f} MB{after / before:8.2f}x")

@@ -332,6 +332,7 @@ def train(args, steps, model, teacher, train_data, val_data, resumed, stop):
 
     def save(step):
         if PROCESS == 0:
+            sums.update(loss=float(sums["loss"]), norm=float(sums["norm"]))
             torch.save(dict(step=step, model=model.state_dict(), optimizer=optimizer.state_dict(),
                             pruner=pruner.state_dict(), sums=sums), checkpoint.with_suffix(".tmp"))
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
