@@ -163,16 +163,17 @@ class Examples:
 
 
 def micro_batches(batch, device, parts=1, process=0, processes=1, similar=None, seed=0):
-    """The share of `process` in a `batch` of B sequences, on its way to `device` in `parts` micro-batches, each with
+    """The share of `process` in a `batch` of B sequences, as `parts` micro-batches on `device`. Each one has
 
         idx      [B', T]   what the model reads
         places   [n]       which of its B' * T tokens are asked for the next one, as indices
         targets  [n]       and what that is
-        total              how many there are of those in all micro-batches of a process, on average
+        total              tokens asked for in the whole batch, divided by `processes`: sums of losses, divided by it
+                           and averaged over the processes, are the mean of the batch
         similar  [s]       which tokens the running similarity is to see, as indices; None: all of them
 
-    `similar` = N has it see N random tokens of the batch, a function of `seed`. All indices are made here, where they
-    take no waiting for the device. Raises ValueError if there are fewer sequences than micro-batches.
+    `similar` = N has it see N random tokens of the batch, a function of `seed`. The indices are made on the CPU:
+    finding them on a GPU means waiting for it. Raises ValueError if there are fewer sequences than micro-batches.
     """
     if len(batch[0]) < parts * processes:
         raise ValueError(f"a batch of {len(batch[0])} sequences can't be split into {parts * processes} micro-batches")

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import data
 from model import GPT, SHAPES, GPTConfig, KVCache, read_config
-from prune import METHODS, Pruner, device_multiple, fine_prune, leftover_at, make_optimizer
+from prune import METHODS, Pruner, fine_prune, leftover_at, make_optimizer
 
 MEASURES = {  # a value in measure.json: its name in tables and figures
     "loss": "validation loss (nats/token)", "perplexity": "perplexity", "exact_match": "exact match", "bleu": "BLEU",
@@ -58,16 +58,23 @@ def batches(examples, tokens=8192, first=None):
 def mean_loss(model, examples, autocast, most=None):
     """Mean loss in nats per token that counts, over a split or its first `most` batches. exp() is the perplexity."""
     model.eval()
-    device, total, count = model.wte.weight.device, 0.0, 0
-    for idx, targets, _ in islice(batches(examples), most):
-        asked = (targets != -100).flatten().nonzero().squeeze(1)
-        said = targets.flatten()[asked].to(device)  # [n]
+    total, count = 0.0, 0
+    for batch in islice(batches(examples), most):
+        micro, = data.micro_batches(batch, str(model.wte.weight.device))
         with autocast:
-            _, loss = model(idx.to(device), places=asked.to(device), loss_of=lambda logits, some: F.cross_entropy(
-                logits, said[some], reduction="sum"))
+            _, loss = model(micro.idx, places=micro.places, loss_of=lambda logits, some: F.cross_entropy(
+                logits, micro.targets[some], reduction="sum"))
         total += loss.item()
-        count += len(asked)
+        count += micro.total
     return total / count
+
+
+def timed(function, device):
+    """How many seconds `function` takes, and what it returns."""
+    began, result = time.perf_counter(), function()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began, result
 
 
 @torch.no_grad()
@@ -77,11 +84,7 @@ def prefill_speed(models, idx, rounds=7):
     seconds = [[] for _ in models]
     for _ in range(rounds + 1):  # the first round warms up
         for model, times in zip(models, seconds):
-            began = time.perf_counter()
-            model(idx)
-            if idx.is_cuda:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - began)
+            times.append(timed(lambda: model(idx), idx.device)[0])
     return [idx.numel() / sorted(times[1:])[rounds // 2] for times in seconds]
 
 
@@ -426,14 +429,6 @@ def sample(args):
 # how many of each the machine does in a second, they give the least time it can take, and so the floor of a ratio.
 
 
-def timed(function, device):
-    """How many seconds `function` takes, and what it returns."""
-    began, result = time.perf_counter(), function()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began, result
-
-
 def peaks(device, dtype):
     """Operations per second of a large matrix product on this device, and bytes per second of a large copy."""
     n, size = (2048, 2**25) if device == "cpu" else (8192, 2**28)
@@ -443,10 +438,10 @@ def peaks(device, dtype):
     return 2 * n**3 / product, 2 * 4 * size / min(timed(lambda: target.copy_(source), device)[0] for _ in range(20))
 
 
-def operations(config, T, past=0):
-    """What a forward pass over T tokens after `past` others takes per token: in all blocks, and in the output head."""
+def operations(config, T):
+    """What a forward pass over T tokens takes per token: in all blocks, and in the output head."""
     d = config.n_embd
-    keys = sum(min(i, window or i) for window in config.windows for i in range(past + 1, past + T + 1)) / T
+    keys = sum(min(i, window or i) for window in config.windows for i in range(1, T + 1)) / T
     return sum(8 * d * d + 4 * d * k for k in config.mlp_widths) + 4 * d * keys, 2 * d * config.vocab_size
 
 
@@ -458,7 +453,7 @@ def weight_bytes(model):
 @torch.no_grad()
 def read_and_write(model, idx, new):
     """Seconds per token to read `idx` [B, T] (prefill), and to write `new` tokens after it, one by one (decode)."""
-    device, (B, T) = idx.device.type, idx.shape
+    device, (B, T) = idx.device, idx.shape
     cache = KVCache(model.config, torch.zeros(B, dtype=torch.long, device=idx.device), T + new, model.wte.weight.dtype)
     prefill, logits = timed(lambda: model.next_logits(idx, cache), device)
 
@@ -479,8 +474,8 @@ def in_child(function, *args):
 def peak_memory(device):
     """Bytes that this process has held at most: on the GPU, or (Linux only) in main memory."""
     if device != "cpu":
-        return torch.cuda.max_memory_allocated()
-    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+        return torch.cuda.max_memory_allocated(device)
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) * 1024
 
 
@@ -510,7 +505,8 @@ def speed(args):
             counts = []  # for each model, per token: operations of prefill, bytes of decode
             for model in models:
                 (blocks, head), config = operations(model.config, T), model.config
-                cached = 2 * config.n_layer * config.n_embd * (T + new / 2) * model.wte.weight.element_size()
+                keys = sum(min(window or math.inf, T + new / 2) for window in config.windows)
+                cached = 2 * config.n_embd * keys * model.wte.weight.element_size()
                 counts.append((blocks + head / T, weight_bytes(model) / B + cached))
             for i, what in enumerate(("prefill", "decode")):
                 ratio = statistics.median(before[i] / after[i] for before, after in rounds)
@@ -554,13 +550,12 @@ def bench_steps(config, shape, names, args):
     torch.manual_seed(0)
     how = SimpleNamespace(lr=0.0, mask_lr=0.0, weight_decay=0.1, eps=1e-8, label_smoothing=0.0, alpha_ce=0.5,
                           alpha_kd=0.5, temperature=2.0, dtype=args.dtype)
-    model, teacher = GPT(config).to(args.device), GPT(config if args.distill else GPTConfig(1, 1, 1, 1, 1))
-    teacher = teacher.to(args.device).eval().requires_grad_(False)
+    model = GPT(config).to(args.device)
+    teacher = GPT(config).to(args.device).eval().requires_grad_(False) if args.distill else None
     model.gradient_checkpointing = args.gradient_checkpointing
-    for block in (*model.h, *teacher.h) if args.compile else ():
-        block.compile(dynamic=True)
-    pruners = {name: Pruner(model, BENCH[name][0], 1.0, 1000, BENCH[name][1], multiple_of=device_multiple(args.device))
-               for name in names}
+    if args.compile:
+        model.compile_blocks()
+    pruners = {name: Pruner(model, BENCH[name][0], 1.0, 1000, BENCH[name][1]) for name in names}
     scores = pruners[names[-1]].scores
     scores.data.normal_()
     for pruner in pruners.values():  # one set of scores serves all
@@ -591,8 +586,9 @@ def bench(args):
     shape = args.batch_size, min(args.block_size or 256, config.n_positions)
     step, seconds = bench_steps(config, shape, list(BENCH), args), {}
     rows = [(name, None) for name in BENCH] + [("gum", args.sim_tokens)] * bool(args.sim_tokens)
-    cases = [(name, v, similar, distill) for distill in ((False, True) if args.distill else (False,))
-             for name, similar in rows for v in FRACTIONS[: 1 if name == "none" else None]]
+    distills = (False, True) if args.distill else (False,)
+    cases = [(name, v, similar, distill) for distill in distills for name, similar in rows
+             for v in FRACTIONS[: 1 if name == "none" else None]]
     for number in tqdm(range(args.rounds + 1), unit="round", leave=False):
         for case in cases:
             taken, _ = timed(lambda: step(*case), args.device)
@@ -608,13 +604,14 @@ def bench(args):
         ratios[case] = statistics.median(map(operator.truediv, seconds[case], seconds[none]))
     reached = least_work(config, 1.0, shape, 0, False)[0] / usual / most[0]
     print(f"{args.model}, {shape[0]} x {shape[1]} tokens, {args.device}, {args.dtype}, {torch.get_num_threads()} "
-          f"threads, medians of {args.rounds} rounds.\nA large matrix product makes {most[0] / 1e12:.3g} TFLOP/s, a copy "
-          f"{most[1] / 1e9:.3g} GB/s. A step of none takes {usual:.4g} s, its floor is {floors[none]:.4g} s;\nit makes "
+          f"threads, medians of {args.rounds} rounds.\n"
+          f"A large matrix product makes {most[0] / 1e12:.3g} TFLOP/s, a copy {most[1] / 1e9:.3g} GB/s.\n"
+          f"A step of none takes {usual:.4g} s, its floor is {floors[none]:.4g} s; it makes "
           f"{reached:.0%} of the TFLOP/s of that product.\n")
     columns = [f"v_t = {v:g}" for v in FRACTIONS] + ["1 to 0.25", "1 to 0.1"]
     print(f"| a step's time, none = 1 (floor) | {' | '.join(columns)} |")
     print("| --- " * (len(columns) + 1) + "|")
-    for distill in (False, True) if args.distill else (False,):
+    for distill in distills:
         for name, similar in rows:
             points = [[values.get((name, v, similar, distill), values[name, 1.0, similar, distill]) for v in FRACTIONS]
                       for values in (ratios, floors)]
@@ -685,6 +682,8 @@ def main():
     flag("--compile", "bench", action="store_true", help="as in train.py")
     flag("--gradient-checkpointing", "bench", action="store_true", help="as in train.py")
     args = parser.parse_args(words)
+    if getattr(args, "compile", False) and args.gradient_checkpointing:
+        parser.error("--compile and --gradient-checkpointing do not go together")
     if getattr(args, "device", "cpu") != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
         parser.error(f"--device {args.device}: it is cpu, or cuda where this machine and this build of torch have it")
     try:

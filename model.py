@@ -139,28 +139,29 @@ class MLP(nn.Module):
     a zero column in W2, so it adds nothing to the output, and every product in its gradient has a zero factor. Leaving
     it out therefore gives the same outputs and gradients as multiplying by a mask, for less work.
 
-    `keep`: indices of the neurons to compute [k], None = all. Its last `surplus` entries are there only to make k a
-    number that the device is fast at: their columns of W2 are taken to be zero, so they too add nothing to anything.
-    `observer`: called with h [B, T, k - surplus] at every forward pass, None = nobody.
+    `keep`: indices of the kept neurons [k], None = all. `padded`: the same and some more, to make up a number that the
+    device is fast at, None = just these. The columns of W2 of the added ones are taken to be zero, so they add nothing.
+    `observer`: called with the kept neurons' h [B, T, k] at every forward pass, None = nobody.
     """
 
     def __init__(self, config, layer):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, config.mlp_widths[layer])
         self.c_proj = nn.Linear(config.mlp_widths[layer], config.n_embd)
-        self.keep, self.surplus, self.observer = None, 0, None
+        self.keep, self.padded, self.observer = None, None, None
 
     def forward(self, x):
         w1, b1, w2 = self.c_fc.weight, self.c_fc.bias, self.c_proj.weight  # [m, d] [m] [d, m]
         if self.keep is not None:
             # index_select, because the gradient of w1[keep] would be sorted into place: several times slower.
-            w1, b1 = w1.index_select(0, self.keep), b1.index_select(0, self.keep)  # [k, d] [k]
-            w2 = w2.index_select(1, self.keep[: len(b1) - self.surplus])  # [d, k]
-            if self.surplus:
-                w2 = F.pad(w2, (0, self.surplus))
-        h = F.gelu(F.linear(x, w1, b1), approximate="tanh")  # [B, T, d] -> [B, T, k]
+            rows = self.keep if self.padded is None else self.padded
+            w1, b1 = w1.index_select(0, rows), b1.index_select(0, rows)  # [k, d] [k], or a few more
+            w2 = w2.index_select(1, self.keep)  # [d, k]
+            if self.padded is not None:
+                w2 = F.pad(w2, (0, len(self.padded) - len(self.keep)))
+        h = F.gelu(F.linear(x, w1, b1), approximate="tanh")  # [B, T, d] -> [B, T, k], or a few more
         if self.observer is not None:
-            self.observer(h[..., : -self.surplus] if self.surplus else h)
+            self.observer(h if self.padded is None else h[..., : len(self.keep)])
         return F.linear(h, w2, self.c_proj.bias)  # [B, T, k] -> [B, T, d]
 
 
@@ -187,7 +188,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, loss_of):
-        # Tokens at a time: 0.5 GB of float32 logits, or on a CPU 32 MiB, the most that its allocator uses again.
+        # Tokens at a time: 0.5 GB of float32 logits. On a CPU 32 MiB: the system takes larger ones back after each use.
         rows, device = max(64, 2 ** (27 if x.is_cuda else 23) // len(weight)), x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         head, needed, total = weight.to(dtype), any(ctx.needs_input_grad), 0.0
@@ -201,12 +202,12 @@ class HeadLoss(torch.autograd.Function):
             total = total + loss.detach()
             if needed:
                 grad = torch.autograd.grad(loss, logits)[0].to(dtype)  # [rows, V]
-                del logits, loss  # the next ones take their place
+                del logits, loss  # freed before the next ones are made
                 grad_x[some] = grad @ head
-                if dtype == weight.dtype:
-                    grad_weight.addmm_(grad.T, features, beta=int(start > 0))  # [V, d]; the first one overwrites
+                if dtype == weight.dtype:  # adds up in place: [V, d] is large enough to show in the time
+                    grad_weight.addmm_(grad.T, features, beta=int(start > 0))  # the first overwrites what was there
                 else:
-                    grad_weight.copy_(grad_weight + grad.T @ features if start else grad.T @ features)
+                    grad_weight = grad_weight.add_(grad.T @ features) if start else (grad.T @ features).to(weight.dtype)
         ctx.grads = grad_x, grad_weight
         return total
 
@@ -258,17 +259,27 @@ class GPT(nn.Module):
         """Next-token logits [B, T, V] of tokens `idx` [B, T], and the mean loss in nats per token (or None).
 
         `targets` [B, T] holds the token that should follow each one, -100 where none counts. Raises ValueError if the
-        sequence is longer than the context. With `loss_of`, no logits but a loss of another kind: `HeadLoss`, over the
-        tokens number `places` [n] of the B * T (None = all).
+        sequence is longer than the context. With `loss_of`, logits is None and the loss is `HeadLoss`, over the tokens
+        numbered `places` [n] of the B * T.
         """
         if loss_of is not None:
-            x = self.features(idx).flatten(0, 1)  # [B * T, d]
-            return None, HeadLoss.apply(x if places is None else x.index_select(0, places), self.wte.weight, loss_of)
+            x = self.features(idx).flatten(0, 1).index_select(0, places)  # [n, d]
+            # A Function is not told that nobody wants gradients, only who could have them.
+            head = self.wte.weight if torch.is_grad_enabled() else self.wte.weight.detach()
+            return None, HeadLoss.apply(x, head, loss_of)
         logits = F.linear(self.features(idx), self.wte.weight)  # [B, T, d] -> [B, T, V]
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), label_smoothing=label_smoothing)
         return logits, loss
+
+    def compile_blocks(self):
+        """Have torch.compile make kernels for the blocks, for any number of neurons; their names stay the same."""
+        # The blocks share their code, in many forms: with and without pruning, windows, gradients, observers.
+        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.optimize_ddp = False  # a block is a graph of its own already, small enough to send at once
+        for block in self.h:
+            block.compile(dynamic=True)
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, beams=1, length_penalty=1.0,

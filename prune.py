@@ -131,13 +131,13 @@ def inner_products(a, b, dtype):
     """
     if a.dtype != dtype and a.is_cuda:
         return torch.mm(a.T, b, out_dtype=dtype)
-    a, b = a.to(dtype), b.to(dtype)
     usual = torch.get_float32_matmul_precision()
-    if b.size(1) >= 512:  # for fewer columns, making a kernel for the shape would cost more than it saves
-        torch.set_float32_matmul_precision("medium")
-    products = a.T @ b
-    torch.set_float32_matmul_precision(usual)
-    return products
+    try:
+        if b.size(1) >= 512:  # for fewer columns, making a kernel for the shape would cost more than it saves
+            torch.set_float32_matmul_precision("medium")
+        return a.to(dtype).T @ b.to(dtype)
+    finally:
+        torch.set_float32_matmul_precision(usual)
 
 
 # The five methods.
@@ -148,20 +148,22 @@ class Pruner:
 
     One step of fine-pruning is: `select(step)`, a forward pass `with observing():`, backward, `score_gradient(step)`,
     clipping of the weights' gradients alone, optimizer step. `fine_prune` does it.
-    `multiple_of`: skip no more neurons than leave such a number to compute; which ones are kept does not change.
+    `multiple_of`: pad the neurons that a layer computes to such a number; which ones are kept stays the same. None =
+    the device's own: 64 on a GPU, whose tensor cores work on tiles, else 1.
     `scope` and `lambda_gum` are None for the method's own: Top_v over the whole network ("global") and uniqueness for
     `gum`, Top_v in each layer ("layer") and none for the others.
     """
 
     def __init__(self, model, method, leftover, steps, scope=None, lambda_mvp=2.0, lambda_gum=None, lambda_sim=0.99,
-                 tau=0.1, seed=0, multiple_of=1):
+                 tau=0.1, seed=0, multiple_of=None):
         self.method, self.leftover, self.steps = method, leftover, steps
         self.scope = scope or ("global" if method == "gum" else "layer")
-        self.lambda_mvp, self.lambda_sim, self.tau, self.multiple_of = lambda_mvp, lambda_sim, tau, multiple_of
+        self.lambda_mvp, self.lambda_sim, self.tau = lambda_mvp, lambda_sim, tau
         self.lambda_gum = (10.0 if method == "gum" else 0.0) if lambda_gum is None else lambda_gum
         self.mlps = [block.mlp for block in model.h]
         self.widths = [mlp.c_fc.out_features for mlp in self.mlps]
         like = model.wte.weight.detach()
+        self.multiple_of = multiple_of or (64 if like.is_cuda else 1)
         self.scores = nn.Parameter(like.new_zeros(sum(self.widths)), requires_grad=method in LEARNED)  # [N]
         if method == "random":
             uniform = torch.rand(sum(self.widths), generator=torch.Generator().manual_seed(seed), dtype=like.dtype)
@@ -184,21 +186,20 @@ class Pruner:
             kept = [top_v(s, round(v_t * len(s))) for s in self.scores.split(self.widths)]
         else:
             kept = [top_v(self.scores, round(v_t * len(self.scores)))]
-        kept = torch.cat(kept).cpu().split(self.widths)  # the step's one wait for the device
+        kept = torch.cat(kept).cpu().split(self.widths)  # the step's one long wait for the device
         kept = [mask.nonzero().squeeze(1) for mask in kept]  # [k] each
-        counts = [len(keep) for keep in kept]
-        surplus = [-k % self.multiple_of if k < m else 0 for k, m in zip(counts, self.widths)]
-        padded = torch.cat([F.pad(keep, (0, extra)) for keep, extra in zip(kept, surplus)]).to(self.scores.device)
-        for mlp, m, k, extra, keep in zip(self.mlps, self.widths, counts, surplus,
-                                          padded.split([k + extra for k, extra in zip(counts, surplus)])):
-            mlp.keep, mlp.surplus = (keep if k < m else None), extra
-        return counts
+        extra = [min(-len(keep) % self.multiple_of, m - len(keep)) for keep, m in zip(kept, self.widths)]
+        padded = torch.cat([F.pad(keep, (0, more)) for keep, more in zip(kept, extra)]).to(self.scores.device)
+        padded = padded.split([len(keep) + more for keep, more in zip(kept, extra)])
+        for mlp, m, keep, more, indices in zip(self.mlps, self.widths, kept, extra, padded):
+            mlp.keep = indices[: len(keep)] if len(keep) < m else None
+            mlp.padded = indices if more else None
+        return [len(keep) for keep in kept]
 
     @contextmanager
     def observing(self, tokens=None):
-        """Within, every forward pass updates the running similarity and U, of the B * T `tokens` (indices; None = all).
-
-        Where the backward pass computes activations again, it is not within: each is seen once.
+        """While open, a forward pass updates the running similarity and U, from the tokens numbered `tokens` [s] of its
+        B * T (None = all). When the backward pass computes activations again, it is closed: each is seen once.
         """
         if not self.gram:
             yield
@@ -219,14 +220,14 @@ class Pruner:
             for mlp in self.mlps:
                 mlp.observer = None
 
-    @torch.no_grad()
     @torch.compiler.disable
+    @torch.no_grad()
     def observe(self, mlp, C, U, tokens, h):
         """One layer's part: h [B, T, k] goes into its C [m, m] and its neurons' U [m]."""
         h = h.flatten(0, 1) if tokens is None else h.flatten(0, 1).index_select(0, tokens)  # [tokens, k]
-        keep = None if mlp.keep is None else mlp.keep[: h.size(1)]
         with torch.autocast(h.device.type, enabled=False):
-            U[slice(None) if keep is None else keep] = update_gram(C, h, keep, self.lambda_sim / self.gram_scale)
+            penalty = update_gram(C, h, mlp.keep, self.lambda_sim / self.gram_scale)  # [k]
+        U[slice(None) if mlp.keep is None else mlp.keep] = penalty
 
     @torch.no_grad()
     def score_gradient(self, step):
@@ -274,11 +275,6 @@ def distillation_loss(logits, teacher_logits, targets, temperature):
     return temperature**2 * kl.where(counts, 0.0).sum() / counts.sum()  # kl[counts] would have to wait for the device
 
 
-def device_multiple(device):
-    """What number of neurons a device likes to compute a multiple of: a GPU's tensor cores work on tiles."""
-    return 64 if device.startswith("cuda") else 1
-
-
 def make_optimizer(model, pruner, args):
     """AdamW over three groups: weights, what is not decayed (biases and norms), and scores at a rate of their own."""
     decayed = [p for p in model.parameters() if p.dim() >= 2]
@@ -289,35 +285,39 @@ def make_optimizer(model, pruner, args):
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), eps=args.eps, fused=True)
 
 
+def autocast_of(device, dtype):
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
 def fine_prune(model, pruner, optimizer, micro_batches, step, args, teacher=None):
     """One step of fine-pruning. Returns how many neurons each layer keeps, the loss, and the weights' gradient norm.
 
-    `model` is a GPT, or DistributedDataParallel around one; `micro_batches` are from `data.micro_batches`. The loss is
-    the mean in nats over the tokens of the whole batch that count, those of other processes included.
+    `model` is a GPT, or DistributedDataParallel around one; `micro_batches` are from `data.micro_batches`, `args` has
+    dtype, label_smoothing and, for a teacher, alpha_ce, alpha_kd and temperature. The loss is the mean in nats over the
+    tokens of the whole batch that count, those of other processes included. Learning rates follow the schedule.
     """
-    widths, total = pruner.select(step), 0.0
-    autocast = torch.autocast(pruner.scores.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    widths, total, autocast = pruner.select(step), 0.0, autocast_of(pruner.scores.device, args.dtype)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * lr_factor(step, pruner.steps)
-    for number, batch in enumerate(micro_batches, 1):
+    for number, micro in enumerate(micro_batches, 1):
         if teacher is not None:
             with torch.no_grad(), autocast:
-                taught = teacher.features(batch.idx).flatten(0, 1).index_select(0, batch.places)  # [n, d]
+                taught = teacher.features(micro.idx).flatten(0, 1).index_select(0, micro.places)  # [n, d]
 
-        def loss_of(logits, some):  # [tokens, V], which of the micro-batch's n tokens that count these are
-            loss = F.cross_entropy(logits, batch.targets[some], reduction="sum",
+        def loss_of(logits, some):  # [tokens, V]; a slice: which of the micro-batch's n tokens these are
+            loss = F.cross_entropy(logits, micro.targets[some], reduction="sum",
                                    label_smoothing=args.label_smoothing)
             if teacher is not None:
-                kl = distillation_loss(logits, F.linear(taught[some], teacher.wte.weight), batch.targets[some],
+                kl = distillation_loss(logits, F.linear(taught[some], teacher.wte.weight), micro.targets[some],
                                        args.temperature)
                 loss = args.alpha_ce * loss + args.alpha_kd * kl * len(logits)
-            return loss / batch.total
+            return loss / micro.total
 
         # Gradients of micro-batches add up here; only the last one's backward pass averages them over the processes.
         waits = number < len(micro_batches) and dist.is_initialized()
         with model.no_sync() if waits else nullcontext():
-            with autocast, pruner.observing(batch.similar):
-                loss = model(batch.idx, places=batch.places, loss_of=loss_of)[1]
+            with autocast, pruner.observing(micro.similar):
+                loss = model(micro.idx, places=micro.places, loss_of=loss_of)[1]
             loss.backward()
         total += loss.detach()
     if dist.is_initialized():
@@ -341,13 +341,13 @@ def shrink(model, multiple_of=1):
     widths = []
     for mlp in (block.mlp for block in model.h):
         w1, b1, w2 = mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight  # [m, d] [m] [d, m]
-        keep = torch.arange(len(b1), device=b1.device) if mlp.keep is None else mlp.keep[: len(mlp.keep) - mlp.surplus]
+        keep = torch.arange(len(b1), device=b1.device) if mlp.keep is None else mlp.keep
         extra = -len(keep) % multiple_of
         mlp.c_fc.weight = nn.Parameter(F.pad(w1[keep], (0, 0, 0, extra)))  # [k, d]
         mlp.c_fc.bias = nn.Parameter(F.pad(b1[keep], (0, extra)))  # [k]
         mlp.c_proj.weight = nn.Parameter(F.pad(w2[:, keep], (0, extra)))  # [d, k]
         mlp.c_fc.out_features = mlp.c_proj.in_features = len(keep) + extra
-        mlp.keep, mlp.surplus = None, 0
+        mlp.keep = mlp.padded = None
         widths.append(len(keep) + extra)
     model.config.mlp_widths = tuple(widths)
     return model

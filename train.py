@@ -2,7 +2,7 @@
 
 In order: the flags and their defaults, a run's folder, the training loop, a whole run, the closing table. Nothing here
 depends on a random state that would have to be saved: the order of the data is a function of the seed and the step. So
-an interrupted run goes on bit for bit as if it had not been interrupted.
+an interrupted run (of one process) goes on bit for bit as if it had not been interrupted.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from tqdm import tqdm
 import data
 import measure
 from model import GPT, SHAPES, GPTConfig
-from prune import LEARNED, METHODS, Pruner, device_multiple, fine_prune, leftover_at, make_optimizer, shrink
+from prune import LEARNED, METHODS, Pruner, autocast_of, fine_prune, leftover_at, make_optimizer, shrink
 
 # Launched by torchrun, N processes run this file in step. Each trains on its share of every batch; 0 alone writes.
 PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -146,9 +146,10 @@ def parse(argv=None):
         (method == "none" and pruning, f"{flag_of(*pruning[:1] or [''])} means nothing with --method none: all stay"),
         (method == "soft" and args.scope, "--scope means nothing with --method soft: one threshold serves every layer"),
         (method not in LEARNED and args.lambda_gum, f"--lambda-gum goes with learned scores, not --method {method}"),
-        (args.sim_tokens and method != "gum" and not args.lambda_gum,
+        (args.sim_tokens and (args.lambda_gum == 0 or method != "gum" and not args.lambda_gum),
          "--sim-tokens goes with --method gum, or another with learned scores and --lambda-gum above 0"),
         (not args.distill and distilling, f"{flag_of(*distilling[:1] or [''])} goes with --distill"),
+        (args.compile and args.gradient_checkpointing, "--compile and --gradient-checkpointing do not go together"),
         (args.steps and args.epochs, "--steps and --epochs both say how long to train: give one of them"),
         (args.distill and args.label_smoothing, "--label-smoothing is 0 when distilling: leave it out"),
         (not re.fullmatch(r"cpu|cuda(:\d+)?", args.device or "cpu"), f"--device {args.device}: it is cuda or cpu"),
@@ -312,7 +313,7 @@ def train(args, steps, model, teacher, train_data, val_data, resumed, stop):
     """
     checkpoint, log = Path(args.out) / "checkpoint.pt", Path(args.out) / "log.jsonl"
     pruner = Pruner(model, args.method, args.leftover, steps, args.scope, args.lambda_mvp, args.lambda_gum,
-                    args.lambda_sim, args.tau, args.seed, device_multiple(args.device))
+                    args.lambda_sim, args.tau, args.seed)
     optimizer = make_optimizer(model, pruner, args)
     sums = dict(seconds=0.0, tokens=0, loss=0.0, norm=0.0, since=0)  # loss and norm: over the steps since the last line
     done = saved = 0
@@ -323,8 +324,8 @@ def train(args, steps, model, teacher, train_data, val_data, resumed, stop):
         optimizer.load_state_dict(resumed["optimizer"])
         pruner.load_state_dict(resumed["pruner"])
     model.gradient_checkpointing = args.gradient_checkpointing
-    for block in (*model.h, *(teacher.h if teacher else ())) if args.compile else ():
-        block.compile(dynamic=True)  # the number of neurons changes from step to step
+    if args.compile:
+        model.compile_blocks()
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if PROCESSES > 1 else model
     if PROCESS == 0:
         write_whole(log, lines_up_to(log, done))
@@ -342,13 +343,13 @@ def train(args, steps, model, teacher, train_data, val_data, resumed, stop):
     model.train()
     clock = time.perf_counter()
     for step in range(done + 1, steps + 1):
-        # On its way before anything waits for the device, which is still at the step before.
+        # Copying starts while the device is still busy with the step before.
         batch = train_data.batch(batch_indices(step, len(train_data), args.batch_size, args.seed))
         micro_batches = data.micro_batches(batch, args.device, args.accumulate, PROCESS, PROCESSES, args.sim_tokens,
                                            seed=1_000_003 * args.seed + step)
         try:
             widths, loss, norm = fine_prune(parallel, pruner, optimizer, micro_batches, step, args, teacher)
-        except RuntimeError:  # also if another process is gone; then no weight has changed since the step before
+        except RuntimeError:  # another process is gone (on a CPU; GPUs wait): no weight has changed since the last step
             if PROCESSES > 1 and step > 1:
                 save(step - 1)
             raise
@@ -356,8 +357,10 @@ def train(args, steps, model, teacher, train_data, val_data, resumed, stop):
         sums["norm"] += norm
         sums["tokens"] += batch[0].numel()
         sums["since"] += 1
-        # Asked once, for a signal may come at any moment; and of process 0, lest they stop at different steps.
-        last, stopping = step == steps, bool(stop) and PROCESS == 0
+        # Read once, because a signal may come at any moment. Several processes have to stop at the same step.
+        last, stopping = step == steps, bool(stop)
+        if PROCESSES > 1:
+            stopping = step % args.log_every == 0 and told_by_first(lambda: bool(stop))
         evaluates = step % eval_every == 0 and not last
         logs = step % args.log_every == 0 or evaluates or last
         saves = step % args.checkpoint_every == 0 or last or stopping
@@ -375,7 +378,8 @@ def train(args, steps, model, teacher, train_data, val_data, resumed, stop):
                               lr=optimizer.param_groups[0]["lr"], v=leftover_at(step, steps, args.leftover),
                               leftover=sum(widths) / max(sum(pruner.widths), 1), widths=widths)
                 if evaluates:
-                    record["val_loss"] = measure.mean_loss(model, val_data, autocast_of(args), most=16)
+                    autocast = autocast_of(args.device, args.dtype)
+                    record["val_loss"] = measure.mean_loss(model, val_data, autocast, most=16)
                     model.train()
                 record |= dict(seconds=sums["seconds"], tokens_per_second=sums["tokens"] / sums["seconds"])
                 with open(log, "a") as file:
@@ -398,10 +402,6 @@ def train(args, steps, model, teacher, train_data, val_data, resumed, stop):
 
 
 # A whole run: check, load, train, shrink, save, report.
-
-
-def autocast_of(args):
-    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
 def load_model(source, args):
@@ -488,7 +488,8 @@ def run(flags, implied=False):
                            tokens_per_second=sums["tokens"] / sums["seconds"])
             metrics |= compare(load_model(source, args).eval(), load_model(out, args).eval(), val_data, args)
             metrics["versions"] = dict(python=platform.python_version(), torch=torch.__version__)
-            metrics["machine"] = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine()
+            on_gpu = args.device.startswith("cuda")
+            metrics["machine"] = torch.cuda.get_device_name(args.device) if on_gpu else platform.machine()
             write_whole(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
             for file in ("checkpoint.pt", "settings.json"):
                 (out / file).unlink(missing_ok=True)
@@ -519,7 +520,7 @@ def compare(start, result, val_data, args):
     speeds = measure.prefill_speed([start, result], val_data.batch(range(min(args.batch_size, len(val_data))))[0])
     about = {}
     for name, model, speed in zip(("start", "result"), (start, result), speeds):
-        loss = measure.mean_loss(model, val_data, autocast_of(args))
+        loss = measure.mean_loss(model, val_data, autocast_of(args.device, args.dtype))
         text = ids + model.generate([ids], val_data.block_size - len(ids), temperature=0.8, top_k=40, eot=tokenizer.eot,
                                     generator=torch.Generator(args.device).manual_seed(0))[0]
         about[name] = dict(val_loss=loss, val_perplexity=math.exp(min(loss, 700)), widths=list(model.config.mlp_widths),
@@ -568,7 +569,8 @@ def main():
                  "--resume")
         raise
     except KeyboardInterrupt as stopped:
-        again = shlex.join(["python", *sys.argv, *["--resume"] * (not flags.resume)])
+        launcher = ["torchrun", f"--nproc_per_node={PROCESSES}"] if PROCESSES > 1 else ["python"]
+        again = shlex.join([*launcher, *sys.argv, *["--resume"] * (not flags.resume)])
         say(f"\n{stopped}; go on with: {again}" if str(stopped) else "\nstopped")
         sys.exit(130)
     finally:

@@ -28,7 +28,7 @@ def test_training_on_a_gpu_is_training_on_the_cpu(method):
     batches, ends = [torch.randint(61, (4, 33), generator=generator) for _ in range(20)], []
     for device in ("cpu", "cuda"):
         model = make_model().double().to(device)
-        pruner = Pruner(model, method, 0.25, 20, multiple_of=prune.device_multiple(device))
+        pruner = Pruner(model, method, 0.25, 20)
         optimizer, history = make_optimizer(model, pruner.scores, 0.03), []
         for step, tokens in enumerate(batches, 1):
             batch = tokens[:, :-1], tokens[:, 1:], torch.ones(4, 32, dtype=torch.bool)

@@ -217,7 +217,7 @@ def test_an_observer_sees_the_activations_of_the_kept_neurons():
     model(idx)
     mlp.observer, mlp.keep = seen.append, torch.tensor([3, 8])
     model(idx)
-    mlp.keep, mlp.surplus = torch.tensor([3, 8, 0, 0]), 2
+    mlp.padded = torch.tensor([3, 8, 0, 0])
     model(idx)
     wanted = F.gelu(inputs[1] @ mlp.c_fc.weight.T + mlp.c_fc.bias, approximate="tanh")[..., [3, 8]]
     for h in seen:
