@@ -166,7 +166,7 @@ def micro_batches(batch, device, parts=1, process=0, processes=1, similar=None, 
     """The share of `process` in a `batch` of B sequences, as `parts` micro-batches on `device`. Each one has
 
         idx      [B', T]   what the model reads
-        places   [n]       which of its B' * T tokens are asked for the next one, as indices
+        places   [n]       which of its B' * T tokens are asked for the next one, as indices; None: all of them
         targets  [n]       and what that is
         total              tokens asked for in the whole batch, divided by `processes`: sums of losses, divided by it
                            and averaged over the processes, are the mean of the batch
@@ -184,13 +184,15 @@ def micro_batches(batch, device, parts=1, process=0, processes=1, similar=None, 
         if similar is not None:
             rng = torch.Generator().manual_seed(seed * parts * processes + part)
             seen = seen[torch.randperm(len(seen), generator=rng)[: max(1, similar // (parts * processes))]]
-        micro = dict(idx=idx, places=asked.nonzero().squeeze(1), targets=targets.flatten()[asked])
+        micro = dict(idx=idx, targets=targets.flatten()[asked])
+        if not asked.all():
+            micro["places"] = asked.nonzero().squeeze(1)
         if len(seen) < real.numel():
             micro["similar"] = seen
         if device.startswith("cuda"):  # copying from pinned memory holds up nobody
             micro = {name: tensor.pin_memory() for name, tensor in micro.items()}
-        micro = dict(similar=None, total=total) | {name: x.to(device, non_blocking=True) for name, x in micro.items()}
-        made.append(SimpleNamespace(**micro))
+        micro = {name: tensor.to(device, non_blocking=True) for name, tensor in micro.items()}
+        made.append(SimpleNamespace(**(dict(places=None, similar=None, total=total) | micro)))
     return made
 
 

@@ -255,18 +255,22 @@ class GPT(nn.Module):
             cache.length += T
         return self.ln_f(x)
 
+    def features_at(self, idx, places):
+        """`features` of the tokens numbered `places` [n] of the B * T in `idx`, None = all: [n, d]"""
+        x = self.features(idx).flatten(0, 1)
+        return x if places is None else x.index_select(0, places)
+
     def forward(self, idx, targets=None, label_smoothing=0.0, loss_of=None, places=None):
         """Next-token logits [B, T, V] of tokens `idx` [B, T], and the mean loss in nats per token (or None).
 
         `targets` [B, T] holds the token that should follow each one, -100 where none counts. Raises ValueError if the
         sequence is longer than the context. With `loss_of`, logits is None and the loss is `HeadLoss`, over the tokens
-        numbered `places` [n] of the B * T.
+        numbered `places` [n] of the B * T (None = all).
         """
         if loss_of is not None:
-            x = self.features(idx).flatten(0, 1).index_select(0, places)  # [n, d]
             # A Function is not told that nobody wants gradients, only who could have them.
             head = self.wte.weight if torch.is_grad_enabled() else self.wte.weight.detach()
-            return None, HeadLoss.apply(x, head, loss_of)
+            return None, HeadLoss.apply(self.features_at(idx, places), head, loss_of)
         logits = F.linear(self.features(idx), self.wte.weight)  # [B, T, d] -> [B, T, V]
         if targets is None:
             return logits, None

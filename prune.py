@@ -85,9 +85,15 @@ def movement(mlp):
     skipped neuron are 0, and so is its score's.
     """
     w1, b1, w2 = mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight
+    scores, keep = torch.zeros_like(b1), mlp.keep
     if w1.grad is None:
-        return torch.zeros_like(b1)
-    return (w1 * w1.grad).sum(1) + b1 * b1.grad + (w2 * w2.grad).sum(0)
+        return scores
+    if keep is None:
+        return (w1 * w1.grad).sum(1) + b1 * b1.grad + (w2 * w2.grad).sum(0)
+    w1, w1_grad = w1.index_select(0, keep), w1.grad.index_select(0, keep)  # [k, d]
+    w2, w2_grad = w2.index_select(1, keep), w2.grad.index_select(1, keep)  # [d, k]
+    scores[keep] = (w1 * w1_grad).sum(1) + (b1 * b1.grad)[keep] + (w2 * w2_grad).sum(0)
+    return scores
 
 
 # Uniqueness.
@@ -133,7 +139,7 @@ def inner_products(a, b, dtype):
         return torch.mm(a.T, b, out_dtype=dtype)
     usual = torch.get_float32_matmul_precision()
     try:
-        if b.size(1) >= 512:  # for fewer columns, making a kernel for the shape would cost more than it saves
+        if b.size(1) >= 256:  # for fewer columns, making a kernel for the shape would cost more than it saves
             torch.set_float32_matmul_precision("medium")
         return a.to(dtype).T @ b.to(dtype)
     finally:
@@ -302,7 +308,7 @@ def fine_prune(model, pruner, optimizer, micro_batches, step, args, teacher=None
     for number, micro in enumerate(micro_batches, 1):
         if teacher is not None:
             with torch.no_grad(), autocast:
-                taught = teacher.features(micro.idx).flatten(0, 1).index_select(0, micro.places)  # [n, d]
+                taught = teacher.features_at(micro.idx, micro.places)  # [n, d]
 
         def loss_of(logits, some):  # [tokens, V]; a slice: which of the micro-batch's n tokens these are
             loss = F.cross_entropy(logits, micro.targets[some], reduction="sum",
@@ -325,7 +331,9 @@ def fine_prune(model, pruner, optimizer, micro_batches, step, args, teacher=None
         total /= dist.get_world_size()
     pruner.score_gradient(step)
     # Only the weights are clipped: a large score gradient never scales them, nor they it.
-    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    if norm.is_cuda or norm > 1:  # a GPU is not asked, because that would mean waiting for it
+        nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return widths, total, norm

@@ -17,15 +17,18 @@ import prune
 import train
 from model import GPT, GPTConfig
 from prune import Pruner
+from test_train import load_once
 
 ROOT = Path(__file__).parents[1]
 RUNS = ("none", "magnitude", "random", "topv", "soft", "gum", "topv --distill --teacher small", "gum --lambda-gum 0",
         "topv --accumulate 2", "topv --gradient-checkpointing")
 WORDS = "--model small --steps 30 --batch-size 8 --block-size 32 --lr 1e-2 --log-every 10 --device cpu".split()
 SCRIPT = """
-import sys, torch, train
+import sys, torch, data, train
 from prune import Pruner
+from test_train import load_once
 
+data.load = load_once
 kept, select = [], Pruner.select
 def selected(self, step):
     widths = select(self, step)
@@ -44,7 +47,7 @@ for number, run in enumerate(sys.argv[2:]):
 
 def torchrun(script, *words, **how):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), *words]
-    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"},
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **how)
 
 
@@ -77,6 +80,7 @@ def test_two_processes_keep_the_same_neurons_at_every_step(folder, number):
 @pytest.mark.parametrize("number", [number for number, run in enumerate(RUNS) if run != "gum"])
 def test_two_processes_make_the_run_of_one(folder, number, monkeypatch):
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(data, "load", load_once)
     train.run(train.parse([*WORDS, "--method", *RUNS[number].split(), "--out", f"one-{number}"]))
     ours, theirs = (load_file(f"{name}-{number}/model.safetensors") for name in ("two", "one"))
     assert_same_weights(ours, theirs)
