@@ -194,6 +194,13 @@ def redundancy(Cs, threshold=0.8, bins=10):
 # From here on: runs as `train.py` leaves them, measured and compared.
 
 
+def write_whole(path, text):
+    """Write a small file so that it is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
 def read_run(folder):
     """A run's path, its `metrics` with their `settings`, and its `measures`; {} for each the folder does not hold."""
     path = Path(folder)
@@ -266,8 +273,7 @@ def evaluate(args):
             files["outputs.txt"] = "\n".join(texts[0]) + "\n"
             files["references.txt"] = "\n\n".join("\n".join(filter(None, group)) for group in texts[1]) + "\n"
         for name, text in files.items():
-            (run.path / (name + ".tmp")).write_text(text)
-            os.replace(run.path / (name + ".tmp"), run.path / name)
+            write_whole(run.path / name, text)
         print(f"\n{str(run.path):40}{'this':>10}{'dense':>10}{'ratio':>10}")
         for name, value in values.items():
             row = ["-" if x is None else f"{x:.4g}" for x in (value, base.get(name), ratios.get(name))]
@@ -432,7 +438,7 @@ def sample(args):
 def peaks(device, dtype):
     """Operations per second of a large matrix product on this device, and bytes per second of a large copy."""
     n, size = (2048, 2**25) if device == "cpu" else (8192, 2**28)
-    a, b, c = torch.zeros(3, n, n, device=device, dtype=dtype).normal_()
+    a, b, c = torch.randn(3, n, n, device=device, dtype=dtype)
     source, target = torch.zeros(2, size, device=device)
     product = min(timed(lambda: torch.mm(a, b, out=c), device)[0] for _ in range(20))
     return 2 * n**3 / product, 2 * 4 * size / min(timed(lambda: target.copy_(source), device)[0] for _ in range(20))
@@ -594,33 +600,34 @@ def bench(args):
             taken, _ = timed(lambda: step(*case), args.device)
             if number:  # the first round warms up
                 seconds.setdefault(case, []).append(taken)
-    none = cases[0]
-    most, usual = peaks(args.device, getattr(torch, args.dtype)), statistics.median(seconds[none])
-    floors, ratios = {}, {}
-    for case in cases:
-        name, v, similar, distill = case
-        work, moved = least_work(config, v, shape, (similar or math.prod(shape)) * (name == "gum"), distill)
-        floors[case] = work / most[0] + moved / most[1]  # seconds
-        ratios[case] = statistics.median(map(operator.truediv, seconds[case], seconds[none]))
+    none, most = cases[0], peaks(args.device, getattr(torch, args.dtype))
+    usual, tokens = statistics.median(seconds[none]), math.prod(shape)
+
+    def floor(name, v, similar, distill):
+        """The least seconds of a step."""
+        work, moved = least_work(config, v, shape, (similar or tokens) * (name == "gum"), distill)
+        return work / most[0] + moved / most[1]
+
     reached = least_work(config, 1.0, shape, 0, False)[0] / usual / most[0]
     print(f"{args.model}, {shape[0]} x {shape[1]} tokens, {args.device}, {args.dtype}, {torch.get_num_threads()} "
           f"threads, medians of {args.rounds} rounds.\n"
           f"A large matrix product makes {most[0] / 1e12:.3g} TFLOP/s, a copy {most[1] / 1e9:.3g} GB/s.\n"
-          f"A step of none takes {usual:.4g} s, its floor is {floors[none]:.4g} s; it makes "
+          f"A step of none takes {usual:.4g} s, its floor is {floor(*none):.4g} s; it makes "
           f"{reached:.0%} of the TFLOP/s of that product.\n")
     columns = [f"v_t = {v:g}" for v in FRACTIONS] + ["1 to 0.25", "1 to 0.1"]
     print(f"| a step's time, none = 1 (floor) | {' | '.join(columns)} |")
     print("| --- " * (len(columns) + 1) + "|")
     for distill in distills:
         for name, similar in rows:
-            points = [[values.get((name, v, similar, distill), values[name, 1.0, similar, distill]) for v in FRACTIONS]
-                      for values in (ratios, floors)]
-            cells = list(zip(*points))
+            row = [(name, 1.0 if name == "none" else v, similar, distill) for v in FRACTIONS]
+            ratios = [statistics.median(map(operator.truediv, seconds[case], seconds[none])) for case in row]
+            floors = [floor(*case) / floor(*none) for case in row]
             for goal in (0.25, 0.1):  # the mean over the schedule, on straight lines between the points
                 along = [leftover_at(t, 1000, goal) for t in range(1, 1001)]
-                cells.append([np.interp(along, FRACTIONS[::-1], values[::-1]).mean() for values in points])
+                for values in (ratios, floors):
+                    values.append(np.interp(along, FRACTIONS[::-1], values[3::-1]).mean())
             print(f"| {name}{f', {similar} tokens for the similarity' if similar else ''}{', distilled' * distill} | "
-                  + " | ".join(f"{ratio:.2f} ({floor / floors[none]:.2f})" for ratio, floor in cells) + " |")
+                  + " | ".join(f"{ratio:.2f} ({least:.2f})" for ratio, least in zip(ratios, floors)) + " |")
     peak = {name: in_child(training_memory, config, shape, name, args) / 1e9 for name in ("none", "gum")}
     matrices = 4 * sum(m * m for m in config.mlp_widths) / 1e9
     print(f"\nPeak memory: none {peak['none']:.3g} GB, gum {peak['gum']:.3g} GB, of which the similarity's matrices "
@@ -644,7 +651,7 @@ def main():
     parser.print_usage = lambda file: None  # so that a mistake takes one line
 
     def flag(name, where, **how):
-        if where == "all" or command in where.split():
+        if command in where.split():
             parser.add_argument(name, **how)
 
     flag("runs", "evaluate table figures sample speed", metavar="RUN", nargs="+", help="the folders of finished runs")

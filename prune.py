@@ -192,15 +192,15 @@ class Pruner:
             kept = [top_v(s, round(v_t * len(s))) for s in self.scores.split(self.widths)]
         else:
             kept = [top_v(self.scores, round(v_t * len(self.scores)))]
-        kept = torch.cat(kept).cpu().split(self.widths)  # the step's one long wait for the device
-        kept = [mask.nonzero().squeeze(1) for mask in kept]  # [k] each
-        extra = [min(-len(keep) % self.multiple_of, m - len(keep)) for keep, m in zip(kept, self.widths)]
-        padded = torch.cat([F.pad(keep, (0, more)) for keep, more in zip(kept, extra)]).to(self.scores.device)
-        padded = padded.split([len(keep) + more for keep, more in zip(kept, extra)])
-        for mlp, m, keep, more, indices in zip(self.mlps, self.widths, kept, extra, padded):
-            mlp.keep = indices[: len(keep)] if len(keep) < m else None
-            mlp.padded = indices if more else None
-        return [len(keep) for keep in kept]
+        counts = []
+        for mlp, mask in zip(self.mlps, torch.cat(kept).cpu().split(self.widths)):  # the step's one wait for the device
+            keep = mask.nonzero().squeeze(1)  # [k]
+            extra = min(-len(keep) % self.multiple_of, len(mask) - len(keep))
+            padded = F.pad(keep, (0, extra)).to(self.scores.device, non_blocking=True)
+            mlp.keep = padded[: len(keep)] if len(keep) < len(mask) else None
+            mlp.padded = padded if extra else None
+            counts.append(len(keep))
+        return counts
 
     @contextmanager
     def observing(self, tokens=None):

@@ -201,13 +201,6 @@ def settings_of(args):
     return {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
 
 
-def write_whole(path, text):
-    """Write a small file so that it is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def read_json(path):
     """What a run's metrics.json or settings.json holds; in both, with its settings as "settings"."""
     try:
@@ -328,7 +321,7 @@ def train(args, steps, model, teacher, train_data, val_data, resumed, stop):
         model.compile_blocks()
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if PROCESSES > 1 else model
     if PROCESS == 0:
-        write_whole(log, lines_up_to(log, done))
+        measure.write_whole(log, lines_up_to(log, done))
     eval_every = args.eval_every or max(steps // 5, 1)
 
     def save(step):
@@ -462,7 +455,7 @@ def run(flags, implied=False):
         if told_by_first((out / "metrics.json").exists):  # another command has finished it meanwhile
             return read_json(out / "metrics.json")
         if PROCESS == 0:
-            write_whole(out / "settings.json", json.dumps(settings_of(args), indent=2) + "\n")
+            measure.write_whole(out / "settings.json", json.dumps(settings_of(args), indent=2) + "\n")
         if tiny and not has_dense and (source is not None or args.distill and not args.teacher):
             say(f"first the dense model, in {dense}")
             dense_flags.resume = any((dense / file).exists() for file in ("settings.json", "metrics.json"))
@@ -490,7 +483,7 @@ def run(flags, implied=False):
             metrics["versions"] = dict(python=platform.python_version(), torch=torch.__version__)
             on_gpu = args.device.startswith("cuda")
             metrics["machine"] = torch.cuda.get_device_name(args.device) if on_gpu else platform.machine()
-            write_whole(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+            measure.write_whole(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
             for file in ("checkpoint.pt", "settings.json"):
                 (out / file).unlink(missing_ok=True)
             return metrics
