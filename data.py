@@ -162,37 +162,42 @@ class Examples:
         return list(self.first.values())
 
 
-def micro_batches(batch, device, parts=1, process=0, processes=1, similar=None, seed=0):
-    """The share of `process` in a `batch` of B sequences, as `parts` micro-batches on `device`. Each one has
+def micro_batches(batch, device, parts=1, process=0, processes=1, sim_tokens=None, seed=0):
+    """The share of `process` in a `batch` of B sequences, as `parts` micro-batches on `device`. Each has
 
         idx      [B', T]   what the model reads
-        places   [n]       which of its B' * T tokens are asked for the next one, as indices; None: all of them
+        places   [n]       which of its B' * T tokens are asked for the next one, None = all of them
         targets  [n]       and what that is
-        total              tokens asked for in the whole batch, divided by `processes`: sums of losses, divided by it
-                           and averaged over the processes, are the mean of the batch
-        similar  [s]       which tokens the running similarity is to see, as indices; None: all of them
+        similar  [s]       which of its B' * T tokens the running similarity sees, None = all of them
+        divisor            tokens asked for in the whole batch, over `processes`: a sum of losses
+                           divided by it, averaged over the processes, is the mean over the batch
 
-    `similar` = N has it see N random tokens of the batch, a function of `seed`. The indices are made on the CPU:
-    finding them on a GPU means waiting for it. Raises ValueError if there are fewer sequences than micro-batches.
+    The similarity sees all that is not padding, or `sim_tokens` = N random tokens of it, drawn from
+    `seed` for the whole batch: how that is cut up changes nothing. Indices are made on the CPU, for
+    finding them on a GPU would mean to wait for it. Raises ValueError if there are fewer sequences
+    than micro-batches.
     """
-    if len(batch[0]) < parts * processes:
-        raise ValueError(f"a batch of {len(batch[0])} sequences can't be split into {parts * processes} micro-batches")
-    total, made = int((batch[1] != -100).sum()) / processes, []
-    mine = zip(*(tensor.tensor_split(parts * processes)[process * parts : (process + 1) * parts] for tensor in batch))
-    for part, (idx, targets, real) in enumerate(mine, process * parts):
-        asked, seen = (targets != -100).flatten(), real.flatten().nonzero().squeeze(1)
-        if similar is not None:
-            rng = torch.Generator().manual_seed(seed * parts * processes + part)
-            seen = seen[torch.randperm(len(seen), generator=rng)[: max(1, similar // (parts * processes))]]
-        micro = dict(idx=idx, targets=targets.flatten()[asked])
-        if not asked.all():
-            micro["places"] = asked.nonzero().squeeze(1)
-        if len(seen) < real.numel():
-            micro["similar"] = seen
+    idx, targets, seen = batch
+    if len(idx) < parts * processes:
+        raise ValueError(f"a batch of {len(idx)} sequences can't be split into {parts * processes} "
+                         "micro-batches")
+    if sim_tokens is not None:
+        places = seen.flatten().nonzero().squeeze(1)
+        order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))
+        seen = torch.zeros(seen.numel(), dtype=torch.bool).index_fill_(
+            0, places[order[:sim_tokens]], True).view_as(seen)  # [B, T]
+    asked, made = targets != -100, []
+    for part in range(process * parts, (process + 1) * parts):
+        micro = dict(zip(("idx", "targets", "places", "similar"), (
+            tensor.tensor_split(parts * processes)[part] for tensor in (idx, targets, asked, seen))))
+        micro["targets"] = micro["targets"][micro["places"]]  # [n]
+        for name in ("places", "similar"):
+            everything = bool(micro[name].all())
+            micro[name] = None if everything else micro[name].flatten().nonzero().squeeze(1)
         if device.startswith("cuda"):  # copying from pinned memory holds up nobody
-            micro = {name: tensor.pin_memory() for name, tensor in micro.items()}
-        micro = {name: tensor.to(device, non_blocking=True) for name, tensor in micro.items()}
-        made.append(SimpleNamespace(**(dict(places=None, similar=None, total=total) | micro)))
+            micro = {name: tensor if tensor is None else tensor.pin_memory().to(device, non_blocking=True)
+                     for name, tensor in micro.items()}
+        made.append(SimpleNamespace(**micro, divisor=int(asked.sum()) / processes))
     return made
 
 

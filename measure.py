@@ -34,8 +34,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import GPT, SHAPES, GPTConfig, KVCache, read_config
-from prune import METHODS, Pruner, fine_prune, leftover_at, make_optimizer
+from model import GPT
+from prune import METHODS
 
 MEASURES = {  # a value in measure.json: its name in tables and figures
     "loss": "validation loss (nats/token)", "perplexity": "perplexity", "exact_match": "exact match", "bleu": "BLEU",
@@ -59,13 +59,13 @@ def mean_loss(model, examples, autocast, most=None):
     """Mean loss in nats per token that counts, over a split or its first `most` batches. exp() is the perplexity."""
     model.eval()
     total, count = 0.0, 0
-    for batch in islice(batches(examples), most):
-        micro, = data.micro_batches(batch, str(model.wte.weight.device))
+    for idx, targets, _ in islice(batches(examples, 2048), most):
+        asked, device = targets != -100, model.wte.weight.device
         with autocast:
-            _, loss = model(micro.idx, places=micro.places, loss_of=lambda logits, some: F.cross_entropy(
-                logits, micro.targets[some], reduction="sum"))
-        total += loss.item()
-        count += micro.total
+            x = model(idx.to(device), head=False)[asked.to(device)]  # [n, d]
+            logits = F.linear(x, model.wte.weight).float()  # [n, V]
+        total += F.cross_entropy(logits, targets[asked].to(device), reduction="sum").item()
+        count += len(logits)
     return total / count
 
 
@@ -135,7 +135,7 @@ def observe(model, examples, tokens=2048, first=None):
     held, device, total, count = [], model.wte.weight.device, 0.0, 0  # held: h of each layer [B, T, k]
     Cs = [torch.zeros(k, k, dtype=torch.float64, device=device) for k in model.config.mlp_widths]
     for block in model.h:
-        block.mlp.observer = held.append
+        block.mlp.record = held.append
     for batch in batches(examples, tokens, first):
         idx, targets, real = (tensor.to(device) for tensor in batch)
         logits, _ = model(idx)  # [B, T, V]
@@ -149,7 +149,7 @@ def observe(model, examples, tokens=2048, first=None):
         count += len(idx)
         held.clear()
     for block in model.h:
-        block.mlp.observer = None
+        block.mlp.record = None
     return total / count, Cs
 
 
@@ -202,31 +202,50 @@ def write_whole(path, text):
 
 
 def read_run(folder):
-    """A run's path, its `metrics` with their `settings`, and its `measures`; {} for each the folder does not hold."""
-    path = Path(folder)
+    """What a run's folder holds: `path`, `state` ("finished", "interrupted" or "new"), `settings`,
+    `metrics` and `measures`, {} where it has none. Raises FileNotFoundError without a folder, ValueError for a damaged file."""
+    path, found = Path(folder), {}
     if not path.is_dir():
         raise FileNotFoundError(f"no such run: {folder} is not a folder")
-    if (path / "settings.json").exists() and not (path / "metrics.json").exists():
-        raise ValueError(f"{folder} is not finished: go on with its python train.py command and --resume")
-    try:
-        metrics, measures = (json.loads(file.read_text()) if file.exists() else {}
-                             for file in (path / "metrics.json", path / "measure.json"))
-    except ValueError as error:
-        raise ValueError(f"metrics.json or measure.json in {folder} is damaged: {error}") from error
-    settings = metrics.get("settings", {})
-    if os.path.isdir(settings.get("model", "")):  # the same folder is the same model, however it was written
-        settings["model"] = str(Path(settings["model"]).resolve())
-    return SimpleNamespace(path=path, metrics=metrics, settings=settings, measures=measures)
+    for name in ("settings", "metrics", "measure"):
+        file = path / f"{name}.json"
+        try:
+            found[name] = dict(json.loads(file.read_text())) if file.exists() else {}
+            settings = dict(found["metrics"]["settings"]) if found.get("metrics") else found["settings"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is damaged: remove {path} and start over") from error
+    state = "finished" if found["metrics"] else "interrupted" if found["settings"] else "new"
+    return SimpleNamespace(path=path, state=state, settings=settings, metrics=found["metrics"], measures=found["measure"])
+
+
+def find_dense(folders, settings):
+    """The finished dense run among those in `folders` that is of the same data, model and seed as
+    `settings`, most alike in all else; or None."""
+    def same(one, name):
+        value = one.get(name)
+        return str(Path(value).resolve()) if name == "model" and os.path.isdir(value or "") else value
+
+    found = []
+    for file in sorted(file for folder in set(map(Path, folders)) for file in folder.glob("*/metrics.json")):
+        run = read_run(file.parent)
+        if run.settings["method"] == "none" and not run.settings["distill"] and all(
+                same(run.settings, name) == same(settings, name) for name in ("dataset", "data_config", "model", "seed")):
+            found.append(run)
+    return max(found, default=None, key=lambda run: len(run.settings.items() & settings.items()))
+
+
+def sampled(model, ids, tokens):
+    """The text of `ids` and up to `tokens` more, drawn with a fixed seed."""
+    tokenizer = data.tokenizer(model.config.vocab_size)
+    generator = torch.Generator(model.wte.weight.device).manual_seed(0)
+    return tokenizer.decode(ids + model.generate([ids], tokens, 0.8, top_k=40, eot=tokenizer.eot, generator=generator)[0])
 
 
 def dense_run(run, dense):
-    """The run in folder `dense`, or else the dense run of the same data, model and seed beside `run`, or None."""
+    """The run in folder `dense`, or else the dense run beside `run`, or None."""
     if dense or not run.metrics:
         return read_run(dense) if dense else None
-    same = {name: run.settings[name] for name in ("dataset", "data_config", "model", "seed")} | {"method": "none"}
-    beside = [read_run(file.parent) for file in sorted(run.path.parent.glob("*/metrics.json"))]
-    found = [other for other in beside if same.items() <= other.settings.items()]
-    return max(found, default=None, key=lambda other: len(other.settings.items() & run.settings.items()))  # most alike
+    return find_dense([run.path.parent], run.settings)
 
 
 @cache  # one dense run serves many
@@ -431,209 +450,6 @@ def sample(args):
         print(" | ".join(f"{part:56}" for part in parts).rstrip())
 
 
-# Speed. Two numbers first: the operations (a multiply-add is 2) and the bytes that a task cannot do without. Divided by
-# how many of each the machine does in a second, they give the least time it can take, and so the floor of a ratio.
-
-
-def peaks(device, dtype):
-    """Operations per second of a large matrix product on this device, and bytes per second of a large copy."""
-    n, size = (2048, 2**25) if device == "cpu" else (8192, 2**28)
-    a, b, c = torch.randn(3, n, n, device=device, dtype=dtype)
-    source, target = torch.zeros(2, size, device=device)
-    product = min(timed(lambda: torch.mm(a, b, out=c), device)[0] for _ in range(20))
-    return 2 * n**3 / product, 2 * 4 * size / min(timed(lambda: target.copy_(source), device)[0] for _ in range(20))
-
-
-def operations(config, T):
-    """What a forward pass over T tokens takes per token: in all blocks, and in the output head."""
-    d = config.n_embd
-    keys = sum(min(i, window or i) for window in config.windows for i in range(1, T + 1)) / T
-    return sum(8 * d * d + 4 * d * k for k in config.mlp_widths) + 4 * d * keys, 2 * d * config.vocab_size
-
-
-def weight_bytes(model):
-    """Bytes of the weights that reading one token takes: all but the other positions' embeddings."""
-    return sum(p.numel() * p.element_size() for p in model.parameters()) - model.wpe.weight.nbytes
-
-
-@torch.no_grad()
-def read_and_write(model, idx, new):
-    """Seconds per token to read `idx` [B, T] (prefill), and to write `new` tokens after it, one by one (decode)."""
-    device, (B, T) = idx.device, idx.shape
-    cache = KVCache(model.config, torch.zeros(B, dtype=torch.long, device=idx.device), T + new, model.wte.weight.dtype)
-    prefill, logits = timed(lambda: model.next_logits(idx, cache), device)
-
-    def write():
-        token = logits.argmax(-1, keepdim=True)  # [B, 1]
-        for _ in range(new):
-            token = model.next_logits(token, cache).argmax(-1, keepdim=True)
-
-    return prefill / (B * T), timed(write, device)[0] / (B * new)
-
-
-def in_child(function, *args):
-    """What `function` returns in a process of its own, of which nothing else has used memory."""
-    with get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
-
-
-def peak_memory(device):
-    """Bytes that this process has held at most: on the GPU, or (Linux only) in main memory."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated(device)
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) * 1024
-
-
-def inference_memory(path, device, dtype, shape, new):
-    """Peak bytes of loading a model, reading `shape` (B, T) and writing `new` tokens, less what was there before."""
-    before = peak_memory(device)
-    model = GPT.from_pretrained(path).to(device, dtype)
-    read_and_write(model, torch.zeros(shape, dtype=torch.long, device=device), new)
-    return peak_memory(device) - before
-
-
-def speed(args):
-    """Time each run's model against its dense one, in turns in one process, beside what counting allows."""
-    dtype = getattr(torch, args.dtype)
-    for run in map(read_run, args.runs):
-        dense = dense_run(run, args.dense)
-        if dense is None:
-            raise ValueError(f"{run.path} has no dense model beside it to compare with: name one with --dense DIR")
-        paths = [dense.path, run.path]
-        models = [GPT.from_pretrained(path).to(args.device, dtype) for path in paths]
-        T, new = min(256, models[1].config.n_positions // 2), min(32, models[1].config.n_positions // 4)
-        print(f"\n{run.path} against {dense.path}: tokens per second, {T} read and {new} written, medians of "
-              f"{args.rounds} rounds\n{'':20}{'dense':>12}{'this':>12}{'ratio':>9}{'allowed':>9}{'reached':>9}")
-        for B in (1, 8):
-            idx = torch.randint(models[0].config.vocab_size, (B, T), device=args.device)
-            rounds = [[read_and_write(model, idx, new) for model in models] for _ in range(args.rounds + 1)][1:]
-            counts = []  # for each model, per token: operations of prefill, bytes of decode
-            for model in models:
-                (blocks, head), config = operations(model.config, T), model.config
-                keys = sum(min(window or math.inf, T + new / 2) for window in config.windows)
-                cached = 2 * config.n_embd * keys * model.wte.weight.element_size()
-                counts.append((blocks + head / T, weight_bytes(model) / B + cached))
-            for i, what in enumerate(("prefill", "decode")):
-                ratio = statistics.median(before[i] / after[i] for before, after in rounds)
-                allowed = counts[0][i] / counts[1][i]
-                cells = [1 / statistics.median(of[m][i] for of in rounds) for m in (0, 1)]
-                print(f"{f'{what}, batch {B}':20}{cells[0]:12,.0f}{cells[1]:12,.0f}{ratio:8.2f}x{allowed:8.2f}x"
-                      f"{ratio / allowed:9.0%}")
-        files = [[*path.glob("*.safetensors")] or [*path.glob("*.bin")] for path in paths]
-        sizes = [sum(file.stat().st_size for file in of_model) for of_model in files]
-        peak = [in_child(inference_memory, path, args.device, dtype, (8, T), new) for path in paths]
-        for what, (before, after) in (("peak memory, batch 8", peak), ("file size", sizes)):
-            print(f"{what:20}{before / 1e6:9,.1f} MB{after / 1e6:9,.1f} MB{after / before:8.2f}x")
-        if awkward := [k for k in models[1].config.mlp_widths if k % 8]:
-            print(f"widths {', '.join(map(str, awkward))} are awkward for most devices: shrink(model, multiple_of=8) "
-                  f"of prune.py adds zero neurons up to a multiple of 8; the model computes the same")
-
-
-BENCH = {"none": ("none", "layer"), "topv": ("topv", "layer"), "Global Top_v": ("topv", "global"),
-         "gum": ("gum", "global")}  # what `bench` times: method, scope
-FRACTIONS = (1.0, 0.5, 0.25, 0.1)  # at these v_t
-
-
-def least_work(config, v, shape, similar, distill):
-    """Operations and bytes that a training step on a batch of `shape` (B, T) cannot do without, at v_t = v."""
-    kept = replace(config, mlp_widths=[round(v * m) for m in config.mlp_widths])
-    pairs, tokens, d = sum(k * k for k in kept.mlp_widths), math.prod(shape), config.n_embd
-    # Backward is twice forward; a teacher goes forward only; the similarity of `similar` tokens is symmetric.
-    ours, teachers = sum(operations(kept, shape[1])), sum(operations(config, shape[1]))
-    work = tokens * (3 * ours + distill * teachers) + similar * pairs
-    # In float32: a weight is read forward and backward, its gradient written, and read for the norm; AdamW reads four
-    # numbers and writes three. Half of C is read and written.
-    weights = d * (config.vocab_size + config.n_positions + sum(4 * d + 2 * m for m in config.mlp_widths))
-    return work, 4 * (11 * weights + pairs * (similar > 0))
-
-
-def bench_steps(config, shape, names, args):
-    """A function that makes a training step by one of BENCH, on random weights and tokens, for those in `names`.
-
-    They share one model. A learning rate of 0 makes every step like the last.
-    """
-    torch.manual_seed(0)
-    how = SimpleNamespace(lr=0.0, mask_lr=0.0, weight_decay=0.1, eps=1e-8, label_smoothing=0.0, alpha_ce=0.5,
-                          alpha_kd=0.5, temperature=2.0, dtype=args.dtype)
-    model = GPT(config).to(args.device)
-    teacher = GPT(config).to(args.device).eval().requires_grad_(False) if args.distill else None
-    model.gradient_checkpointing = args.gradient_checkpointing
-    if args.compile:
-        model.compile_blocks()
-    pruners = {name: Pruner(model, BENCH[name][0], 1.0, 1000, BENCH[name][1]) for name in names}
-    scores = pruners[names[-1]].scores
-    scores.data.normal_()
-    for pruner in pruners.values():  # one set of scores serves all
-        pruner.scores = scores if pruner.scores.requires_grad else pruner.scores
-    optimizer = make_optimizer(model, pruners[names[-1]], how)
-    tokens = torch.randint(config.vocab_size, shape)
-    batch = tokens, tokens, torch.ones_like(tokens, dtype=torch.bool)
-
-    def step(name, v, similar=None, distill=False):
-        pruners[name].leftover = v
-        micro_batches = data.micro_batches(batch, args.device, args.accumulate, similar=similar)
-        fine_prune(model, pruners[name], optimizer, micro_batches, 1000, how, teacher if distill else None)
-
-    return step
-
-
-def training_memory(config, shape, name, args):
-    """Peak bytes of training steps by one of BENCH, less what was there before."""
-    before, step = peak_memory(args.device), bench_steps(config, shape, [name], args)
-    for v in (1.0, 1.0, 0.5):
-        step(name, v)
-    return peak_memory(args.device) - before
-
-
-def bench(args):
-    """Time a training step by each method, in turns in one process, as a ratio to plain fine-tuning, with its floor."""
-    config = GPTConfig(**SHAPES[args.model]) if args.model in SHAPES else read_config(args.model)
-    shape = args.batch_size, min(args.block_size or 256, config.n_positions)
-    step, seconds = bench_steps(config, shape, list(BENCH), args), {}
-    rows = [(name, None) for name in BENCH] + [("gum", args.sim_tokens)] * bool(args.sim_tokens)
-    distills = (False, True) if args.distill else (False,)
-    cases = [(name, v, similar, distill) for distill in distills for name, similar in rows
-             for v in FRACTIONS[: 1 if name == "none" else None]]
-    for number in tqdm(range(args.rounds + 1), unit="round", leave=False):
-        for case in cases:
-            taken, _ = timed(lambda: step(*case), args.device)
-            if number:  # the first round warms up
-                seconds.setdefault(case, []).append(taken)
-    none, most = cases[0], peaks(args.device, getattr(torch, args.dtype))
-    usual, tokens = statistics.median(seconds[none]), math.prod(shape)
-
-    def floor(name, v, similar, distill):
-        """The least seconds of a step."""
-        work, moved = least_work(config, v, shape, (similar or tokens) * (name == "gum"), distill)
-        return work / most[0] + moved / most[1]
-
-    reached = least_work(config, 1.0, shape, 0, False)[0] / usual / most[0]
-    print(f"{args.model}, {shape[0]} x {shape[1]} tokens, {args.device}, {args.dtype}, {torch.get_num_threads()} "
-          f"threads, medians of {args.rounds} rounds.\n"
-          f"A large matrix product makes {most[0] / 1e12:.3g} TFLOP/s, a copy {most[1] / 1e9:.3g} GB/s.\n"
-          f"A step of none takes {usual:.4g} s, its floor is {floor(*none):.4g} s; it makes "
-          f"{reached:.0%} of the TFLOP/s of that product.\n")
-    columns = [f"v_t = {v:g}" for v in FRACTIONS] + ["1 to 0.25", "1 to 0.1"]
-    print(f"| a step's time, none = 1 (floor) | {' | '.join(columns)} |")
-    print("| --- " * (len(columns) + 1) + "|")
-    for distill in distills:
-        for name, similar in rows:
-            row = [(name, 1.0 if name == "none" else v, similar, distill) for v in FRACTIONS]
-            ratios = [statistics.median(map(operator.truediv, seconds[case], seconds[none])) for case in row]
-            floors = [floor(*case) / floor(*none) for case in row]
-            for goal in (0.25, 0.1):  # the mean over the schedule, on straight lines between the points
-                along = [leftover_at(t, 1000, goal) for t in range(1, 1001)]
-                for values in (ratios, floors):
-                    values.append(np.interp(along, FRACTIONS[::-1], values[3::-1]).mean())
-            print(f"| {name}{f', {similar} tokens for the similarity' if similar else ''}{', distilled' * distill} | "
-                  + " | ".join(f"{ratio:.2f} ({least:.2f})" for ratio, least in zip(ratios, floors)) + " |")
-    peak = {name: in_child(training_memory, config, shape, name, args) / 1e9 for name in ("none", "gum")}
-    matrices = 4 * sum(m * m for m in config.mlp_widths) / 1e9
-    print(f"\nPeak memory: none {peak['none']:.3g} GB, gum {peak['gum']:.3g} GB, of which the similarity's matrices "
-          f"{matrices:.3g} GB: {peak['gum'] / (peak['none'] + matrices):.0%} of the two together.")
-
-
 def at_least(least):
     """What argparse calls a type: a whole number from `least` upwards."""
     def whole(text):
@@ -645,7 +461,7 @@ def at_least(least):
 
 
 def main():
-    commands = {command.__name__: command for command in (evaluate, table, figures, sample, speed, bench)}
+    commands = {command.__name__: command for command in (evaluate, table, figures, sample)}
     command, *words = sys.argv[1:] if sys.argv[1:2] and sys.argv[1] in commands else ["evaluate", *sys.argv[1:]]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.print_usage = lambda file: None  # so that a mistake takes one line

@@ -139,29 +139,25 @@ class MLP(nn.Module):
     a zero column in W2, so it adds nothing to the output, and every product in its gradient has a zero factor. Leaving
     it out therefore gives the same outputs and gradients as multiplying by a mask, for less work.
 
-    `keep`: indices of the kept neurons [k], None = all. `padded`: the same and some more, to make up a number that the
-    device is fast at, None = just these. The columns of W2 of the added ones are taken to be zero, so they add nothing.
-    `observer`: called with the kept neurons' h [B, T, k] at every forward pass, None = nobody.
+    `keep`: indices of the kept neurons [k], None = all.
+    `record`: called with the kept neurons' h [B, T, k] at every forward pass, None = nobody.
     """
 
     def __init__(self, config, layer):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, config.mlp_widths[layer])
         self.c_proj = nn.Linear(config.mlp_widths[layer], config.n_embd)
-        self.keep, self.padded, self.observer = None, None, None
+        self.keep, self.record = None, None
 
     def forward(self, x):
         w1, b1, w2 = self.c_fc.weight, self.c_fc.bias, self.c_proj.weight  # [m, d] [m] [d, m]
         if self.keep is not None:
-            # index_select, because the gradient of w1[keep] would be sorted into place: several times slower.
-            rows = self.keep if self.padded is None else self.padded
-            w1, b1 = w1.index_select(0, rows), b1.index_select(0, rows)  # [k, d] [k], or a few more
+            # w1[keep] would do, but its gradient is sorted into place: several times slower.
+            w1, b1 = w1.index_select(0, self.keep), b1.index_select(0, self.keep)  # [k, d] [k]
             w2 = w2.index_select(1, self.keep)  # [d, k]
-            if self.padded is not None:
-                w2 = F.pad(w2, (0, len(self.padded) - len(self.keep)))
-        h = F.gelu(F.linear(x, w1, b1), approximate="tanh")  # [B, T, d] -> [B, T, k], or a few more
-        if self.observer is not None:
-            self.observer(h if self.padded is None else h[..., : len(self.keep)])
+        h = F.gelu(F.linear(x, w1, b1), approximate="tanh")  # [B, T, d] -> [B, T, k]
+        if self.record is not None:
+            self.record(h)
         return F.linear(h, w2, self.c_proj.bias)  # [B, T, k] -> [B, T, d]
 
 
@@ -176,44 +172,6 @@ class Block(nn.Module):
     def forward(self, x, mask, cache=None):
         x = x + self.attn(self.ln_1(x), mask, cache)
         return x + self.mlp(self.ln_2(x))
-
-
-class HeadLoss(torch.autograd.Function):
-    """The loss of features `x` [n, d] under the output head `weight` [V, d], never holding all logits [n, V] at once.
-
-    `loss_of(logits, some)` gives the loss in nats, summed over a few of the n tokens, those in the slice `some`. Their
-    gradients are taken here, while their logits are at hand; the backward pass only scales them. Logits and gradients
-    are multiplied in the autocast dtype; the loss is computed from float32, or from float64 if the weights are.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, loss_of):
-        # Tokens at a time: 0.5 GB of float32 logits. On a CPU 32 MiB: the system takes larger ones back after each use.
-        rows, device = max(64, 2 ** (27 if x.is_cuda else 23) // len(weight)), x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        head, needed, total = weight.to(dtype), any(ctx.needs_input_grad), 0.0
-        grad_x, grad_weight = (torch.empty_like(x), torch.empty_like(weight)) if needed else (None, None)
-        for start in range(0, max(len(x), 1), rows):
-            some = slice(start, start + rows)
-            features = x[some].to(dtype)  # [rows, d]
-            logits = (features @ head.T).to(torch.promote_types(dtype, torch.float32)).requires_grad_(needed)
-            with torch.set_grad_enabled(needed):
-                loss = loss_of(logits, some)
-            total = total + loss.detach()
-            if needed:
-                grad = torch.autograd.grad(loss, logits)[0].to(dtype)  # [rows, V]
-                del logits, loss  # freed before the next ones are made
-                grad_x[some] = grad @ head
-                if dtype == weight.dtype:  # adds up in place: [V, d] is large enough to show in the time
-                    grad_weight.addmm_(grad.T, features, beta=int(start > 0))  # the first overwrites what was there
-                else:
-                    grad_weight = grad_weight.add_(grad.T @ features) if start else (grad.T @ features).to(weight.dtype)
-        ctx.grads = grad_x, grad_weight
-        return total
-
-    @staticmethod
-    def backward(ctx, scale):
-        return *(grad.mul_(scale) for grad in ctx.grads), None
 
 
 class GPT(nn.Module):
@@ -255,27 +213,20 @@ class GPT(nn.Module):
             cache.length += T
         return self.ln_f(x)
 
-    def features_at(self, idx, places):
-        """`features` of the tokens numbered `places` [n] of the B * T in `idx`, None = all: [n, d]"""
-        x = self.features(idx).flatten(0, 1)
-        return x if places is None else x.index_select(0, places)
+    def forward(self, idx, targets=None, head=True):
+        """Next-token logits [B, T, V] of tokens `idx` [B, T], and the mean loss in nats per token.
 
-    def forward(self, idx, targets=None, label_smoothing=0.0, loss_of=None, places=None):
-        """Next-token logits [B, T, V] of tokens `idx` [B, T], and the mean loss in nats per token (or None).
-
-        `targets` [B, T] holds the token that should follow each one, -100 where none counts. Raises ValueError if the
-        sequence is longer than the context. With `loss_of`, logits is None and the loss is `HeadLoss`, over the tokens
-        numbered `places` [n] of the B * T (None = all).
+        `targets` [B, T] holds the token that should follow each one, -100 where none counts; without
+        them the loss is None. With `head=False`, the final hidden states [B, T, d] alone, for a loss
+        that takes the output head itself. Raises ValueError if the sequence exceeds the context.
         """
-        if loss_of is not None:
-            # A Function is not told that nobody wants gradients, only who could have them.
-            head = self.wte.weight if torch.is_grad_enabled() else self.wte.weight.detach()
-            return None, HeadLoss.apply(self.features_at(idx, places), head, loss_of)
-        logits = F.linear(self.features(idx), self.wte.weight)  # [B, T, d] -> [B, T, V]
+        x = self.features(idx)  # [B, T, d]
+        if not head:
+            return x
+        logits = F.linear(x, self.wte.weight)  # [B, T, V]
         if targets is None:
             return logits, None
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), label_smoothing=label_smoothing)
-        return logits, loss
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def compile_blocks(self):
         """Have torch.compile make kernels for the blocks, for any number of neurons; their names stay the same."""

@@ -1,32 +1,24 @@
 """Fine-pruning: which MLP neurons stay, decided while the model is being fine-tuned.
 
-From the paper's equations to code, in order: the schedule (automated gradual pruning), Top_v, the scores of the five
-methods, the running cosine similarity (Algorithm 1), the regularisers R and R_sim (eq. 4), distillation, one step of
-fine-pruning, and `shrink`, which makes the pruned widths real.
+From the paper's equations to code, in order: the schedule of gradual pruning, Top_v, the scores of
+the methods, the running cosine similarity (Algorithm 1), the regulariser (eq. 4), what tells one
+method from another (`METHODS`), the `Pruner`, which puts them together, the loss with distillation,
+and `shrink`, which makes the pruned widths real. The loop that uses them is in `train.py`.
 
-A neuron j of a layer is one group: row j of W1, entry j of b1, column j of W2. It has one score S_j. The kept neurons
-are put in `mlp.keep`; the others are skipped (see `model.MLP`). A layer has m neurons, k of them kept; the
-network has N.
+A neuron j of a layer is one group: row j of W1, entry j of b1, column j of W2, with one score S_j.
+A layer has m neurons, k of which are kept at this step; the network has N. The kept ones are put
+in `mlp.keep` [k]; the others are skipped (`model.MLP` says why that equals a mask).
 """
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Callable
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-
-METHODS = {
-    "none": "plain fine-tuning, the dense baseline",
-    "magnitude": "the group's weight norm, recomputed every step",
-    "random": "gradual random: scores drawn once, never changed",
-    "topv": "hard movement: learned scores, the best of each layer",
-    "soft": "soft movement: learned scores, all above a rising threshold",
-    "gum": "Globally Unique Movement: learned scores, the best of the whole network, similar neurons penalised",
-}
-LEARNED = ("topv", "soft", "gum")  # the methods whose scores get gradients
-
 
 # The schedule: `step` counts from 1 to `steps`, the first tenth is warm-up.
 
@@ -36,13 +28,14 @@ def warmup_steps(steps):
 
 
 def lr_factor(step, steps):
-    """What the learning rate is multiplied by: linear from 0 up to 1 over the warm-up, then linear down to 0."""
+    """What the learning rates are multiplied by: linear from 0 to 1 over the warm-up, then to 0."""
     warmup = warmup_steps(steps)
     return step / warmup if step <= warmup else (steps - step) / (steps - warmup)
 
 
 def cubic(step, steps):
-    """Zhu & Gupta's curve (section 2): 1 during warm-up, 0 over the last three warm-ups, a falling cubic between."""
+    """Zhu & Gupta's curve (section 2): 1 during warm-up, 0 over the last three warm-ups, a falling
+    cubic between."""
     warmup = warmup_steps(steps)
     if step <= warmup:
         return 1.0
@@ -51,300 +44,307 @@ def cubic(step, steps):
     return (1 - (step - warmup) / (steps - 4 * warmup)) ** 3
 
 
-def leftover_at(step, steps, leftover):
-    """v_t, the fraction of neurons to keep at `step`: from 1 down to v = `leftover`."""
+def v_at(step, steps, leftover):
+    """v_t, the fraction of neurons to keep at `step`: from 1 down to v = `leftover` (section 2)."""
     return leftover + (1 - leftover) * cubic(step, steps)
 
 
-# Scores and the sets they keep.
+# Which neurons the scores keep.
 
 
 def top_v(scores, count):
-    """Which `count` of the `scores` [n] are largest: bool [n], exactly that many, the lower index first among ties."""
+    """M = Top_v(S) (section 2): exactly the `count` largest of `scores` [n], of equal ones those of
+    lower index. bool [n]"""
     kept = torch.zeros_like(scores, dtype=torch.bool)
     kept[scores.sort(descending=True, stable=True).indices[:count]] = True
     return kept
 
 
-def above_threshold(scores, threshold, least):
-    """Soft movement's kept set: sigmoid(S) > `threshold`, but never fewer than the `least` best. bool [n]"""
-    above = scores.sigmoid() > threshold
+def above_threshold(scores, tau, least):
+    """M = 1[sigmoid(S) > tau], soft movement's (section 2), but never fewer than the `least` best.
+    bool [m]"""
+    above = scores.sigmoid() > tau
     return torch.where(above.sum() < least, top_v(scores, least), above)
 
 
-def magnitude(mlp):
-    """The group-lasso score of each neuron: (sum of its squared weights)^(1/2) (section 2). [m]"""
+# The scores.
+
+
+def movement(mlp):
+    """dL/dS_j = sum of W * dL/dW over neuron j's group (eq. 1), after the backward pass. [m]
+
+    The mask of a kept neuron is 1 and lets gradients straight through, so those of the masked
+    weights are the weights' own. A skipped neuron's are 0, and so is its score's.
+    """
+    w1, b1, w2 = mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight  # [m, d] [m] [d, m]
+    return (w1 * w1.grad).sum(1) + b1 * b1.grad + (w2 * w2.grad).sum(0)
+
+
+def magnitude(mlp, _):
+    """S_j = (sum of the group's squared weights)^(1/2), group-lasso magnitude (section 2). [m]"""
     w1, b1, w2 = mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight
     return (w1.square().sum(1) + b1.square() + w2.square().sum(0)).sqrt()
 
 
-def movement(mlp):
-    """dL/dS_j = sum of W * dL/dW over neuron j's group (eq. 1), from the gradients of one backward pass. [m]
+def similarity(C):
+    """|sim(h_i, h_j)| = |C_ij| / (C_ii C_jj)^(1/2) (eq. 3, Algorithm 1) [k, k], from `C` [k, k].
 
-    The straight-through mask of a kept neuron is 1, so the masked weights' gradients are the weights' own; those of a
-    skipped neuron are 0, and so is its score's.
+    The paper's Q_i is C_ii. The absolute value is the released code's: an opposite neuron is as
+    redundant as an equal one. 0 for i = j, and for a neuron that is always 0: it is like nothing.
     """
-    w1, b1, w2 = mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight
-    scores, keep = torch.zeros_like(b1), mlp.keep
-    if w1.grad is None:
-        return scores
-    if keep is None:
-        return (w1 * w1.grad).sum(1) + b1 * b1.grad + (w2 * w2.grad).sum(0)
-    w1, w1_grad = w1.index_select(0, keep), w1.grad.index_select(0, keep)  # [k, d]
-    w2, w2_grad = w2.index_select(1, keep), w2.grad.index_select(1, keep)  # [d, k]
-    scores[keep] = (w1 * w1_grad).sum(1) + (b1 * b1.grad)[keep] + (w2 * w2_grad).sum(0)
-    return scores
+    norm = C.diagonal().sqrt()  # |h_i| [k]
+    inverse = torch.where(norm > 0, 1 / norm, 0.0)
+    return (C * inverse[:, None]).mul_(inverse).abs_().fill_diagonal_(0)
 
 
-# Uniqueness.
+def regulariser(scores, U, lambda_t, lambda_gum):
+    """R_sim(S) = lambda_t (1/N) sum_j (1 + lambda_gum U_j) sigmoid(S_j) (eq. 4), of S, U [N].
 
-
-def update_gram(C, h, keep, weight):
-    """Algorithm 1, in place: C <- C + weight h^T h. Returns the kept neurons' U [k] (eq. 4).
-
-    `C` [m, m] are the running inner products, of which only those on and above the diagonal count: it is symmetric, and
-    the paper's Q is its diagonal. `h` [tokens, k] are the outputs of the neurons `keep` [k] (None = all), in order.
-    A pruned neuron has h = 0, so its row and column receive nothing. How C decays is in `Pruner.observing`; U does not
-    depend on its scale.
-
-    U_j = (1 / k) sum over i != j of |C_ij| / sqrt(C_ii C_jj): the released code's absolute value, not the signed eq. 4,
-    for an opposite neuron is as redundant as an equal one. A neuron that is always 0 is like nothing: U = 0.
+    With lambda_gum = 0 it is R(S) (section 2). The paper has U_j alone; 1 + lambda_gum U_j is its
+    released code's, and what its hyper-parameters are for. Over N, so that lambda means the same
+    for every model.
     """
-    k = h.size(1)
-    inverse, U = C.new_zeros(2, k)  # 1 / |h_i| [k], U [k]
-    panel = max(512, -(-k // 4))  # rows at a time: no second [m, m], and nearly half of the products are never made
-    for start in reversed(range(0, k, panel)):  # from the bottom up, because 1 / |h_j| of the columns is needed
-        rows = slice(start, min(start + panel, k))
-        products = inner_products(h[:, rows], h[:, start:], C.dtype).mul_(weight)  # [panel, k - start]
-        if keep is None:
-            block = C[rows, start:].add_(products)
-        else:
-            kept = C.index_select(0, keep[rows]).index_add_(1, keep[start:], products)  # [panel, m]
-            C.index_copy_(0, keep[rows], kept)
-            block = kept.index_select(1, keep[start:])  # [panel, k - start]
-        inverse[rows] = block.diagonal().clamp(min=torch.finfo(C.dtype).tiny).rsqrt()  # if C_ii = 0, so is every C_ij
-        alike = block.abs().triu_(1)  # each pair once
-        U[rows] += alike @ inverse[start:]
-        U[start:] += inverse[rows] @ alike
-    return U.mul_(inverse).div_(max(k, 1))
+    return lambda_t * ((1 + lambda_gum * U) * scores.sigmoid()).mean()
 
 
-def inner_products(a, b, dtype):
-    """a^T b [i, j] of `a` [tokens, i] and `b` [tokens, j], summed up in `dtype`.
-
-    Where the device multiplies faster in lower precision, float32 is rounded first, to TF32 on a GPU and to bfloat16 on
-    a CPU with the units for it. U is a mean over so many products that it does not notice.
-    """
-    if a.dtype != dtype and a.is_cuda:
-        return torch.mm(a.T, b, out_dtype=dtype)
-    usual = torch.get_float32_matmul_precision()
-    try:
-        if b.size(1) >= 256:  # for fewer columns, making a kernel for the shape would cost more than it saves
-            torch.set_float32_matmul_precision("medium")
-        return a.to(dtype).T @ b.to(dtype)
-    finally:
-        torch.set_float32_matmul_precision(usual)
+# The methods.
 
 
-# The five methods.
+@dataclass(frozen=True)
+class Method:
+    """What tells one method from another. The rest is the same for all: schedule, scopes,
+    uniqueness, micro-batches, processes, resuming, tables and figures."""
+
+    name: str  # in tables and figures
+    about: str  # in --help
+    learned: bool = False  # S starts at 0 and moves by its gradient; else it is drawn once,
+    score: Callable = None  # or computed at every step: (mlp, measured [m]) -> S [m]
+    measure: Callable = None  # h [tokens, k] -> [tokens, k], whose running mean is `measured`
+    threshold: bool = False  # keep what is above a rising tau_t, not the best v_t
+    defaults: dict = field(default_factory=dict)  # of flags, where the general ones do not suit
 
 
-class Pruner:
-    """Keeps the scores of all neurons, chooses the kept ones at every step and gives the scores their gradient.
+METHODS = {
+    "none": Method("Dense", "plain fine-tuning, the dense baseline"),
+    "magnitude": Method("Magnitude", "the group's weight norm", score=magnitude),
+    "random": Method("Random", "gradual random: scores drawn once, never changed"),
+    "topv": Method("Top_v", "hard movement: learned scores, the best of each layer", learned=True),
+    "soft": Method("Soft movement", "soft movement: learned scores, all above a rising threshold",
+                   learned=True, threshold=True, defaults=dict(mask_lr=10.0, scope=None)),
+    "gum": Method("GUM", "Globally Unique Movement: learned scores, the best of the whole network, "
+                  "similar neurons penalised", learned=True,
+                  defaults=dict(scope="global", lambda_gum=10.0)),
+}
 
-    One step of fine-pruning is: `select(step)`, a forward pass `with observing():`, backward, `score_gradient(step)`,
-    clipping of the weights' gradients alone, optimizer step. `fine_prune` does it.
-    `multiple_of`: pad the neurons that a layer computes to such a number; which ones are kept stays the same. None =
-    the device's own: 64 on a GPU, whose tensor cores work on tiles, else 1.
-    `scope` and `lambda_gum` are None for the method's own: Top_v over the whole network ("global") and uniqueness for
-    `gum`, Top_v in each layer ("layer") and none for the others.
+
+def defaults_of(method):
+    """The paper's settings of a method (Appendix F; lambda_mvp and tau are its released code's)."""
+    return dict(scope="layer", mask_lr=1e-2, lambda_mvp=2.0, lambda_gum=0.0, lambda_sim=0.99,
+                tau=0.1) | METHODS[method].defaults
+
+
+class Pruner(nn.Module):
+    """Keeps the scores, chooses the neurons to keep at every step, and gives the scores gradients.
+
+    A step is: `select(step)`; forward passes of all micro-batches, each `with recording(tokens)`,
+    and their backward passes; `update(step)`; the optimizer's step. Settings that are None are the
+    method's own. The state_dict is all that the next step depends on.
     """
 
-    def __init__(self, model, method, leftover, steps, scope=None, lambda_mvp=2.0, lambda_gum=None, lambda_sim=0.99,
-                 tau=0.1, seed=0, multiple_of=None):
-        self.method, self.leftover, self.steps = method, leftover, steps
-        self.scope = scope or ("global" if method == "gum" else "layer")
-        self.lambda_mvp, self.lambda_sim, self.tau = lambda_mvp, lambda_sim, tau
-        self.lambda_gum = (10.0 if method == "gum" else 0.0) if lambda_gum is None else lambda_gum
+    def __init__(self, model, method, leftover, steps, scope=None, lambda_mvp=None, lambda_gum=None,
+                 lambda_sim=None, tau=None, seed=0):
+        super().__init__()
+        given = dict(scope=scope, lambda_mvp=lambda_mvp, lambda_gum=lambda_gum,
+                     lambda_sim=lambda_sim, tau=tau)
+        for name, value in given.items():
+            setattr(self, name, defaults_of(method)[name] if value is None else value)
+        self.method, self.leftover, self.steps = METHODS[method], leftover, steps
         self.mlps = [block.mlp for block in model.h]
         self.widths = [mlp.c_fc.out_features for mlp in self.mlps]
-        like = model.wte.weight.detach()
-        self.multiple_of = multiple_of or (64 if like.is_cuda else 1)
-        self.scores = nn.Parameter(like.new_zeros(sum(self.widths)), requires_grad=method in LEARNED)  # [N]
-        if method == "random":
-            uniform = torch.rand(sum(self.widths), generator=torch.Generator().manual_seed(seed), dtype=like.dtype)
-            self.scores.data.copy_(uniform)
-        self.gram, self.gram_scale = [], 1.0  # C of each layer, divided by the scale: [m, m], the upper triangle
-        if method in LEARNED and self.lambda_gum > 0:
-            self.gram = [like.new_zeros(width, width) for width in self.widths]
-        self.uniqueness_penalty = torch.zeros_like(self.scores.data)  # U [N]
+        N, like, learned = sum(self.widths), model.wte.weight.detach(), self.method.learned
+        drawn = torch.rand(N, generator=torch.Generator().manual_seed(seed), dtype=like.dtype)
+        scores = torch.zeros_like(drawn) if learned else drawn
+        self.scores = nn.Parameter(scores.to(like.device), requires_grad=learned)  # S [N]
+        # Running means over steps: C of each layer [m, m], and what the method measures [N].
+        self.C = nn.ParameterList(nn.Parameter(like.new_zeros(m, m), requires_grad=False)
+                                  for m in self.widths if learned and self.lambda_gum > 0)
+        self.register_buffer("measured", like.new_zeros(N))
+        self.sums = like.new_zeros(N + 1)  # over this step's tokens, and their number
 
     @torch.no_grad()
     def select(self, step):
-        """Choose the neurons kept at `step` and have the MLPs skip the others. Returns how many each layer keeps."""
-        v_t = leftover_at(step, self.steps, self.leftover)
-        if self.method == "magnitude":
-            self.scores.data = torch.cat([magnitude(mlp) for mlp in self.mlps])
-        if self.method == "soft":
-            tau_t = self.tau * (1 - cubic(step, self.steps))
-            kept = [above_threshold(s, tau_t, round(self.leftover * len(s))) for s in self.scores.split(self.widths)]
+        """Begin `step`: choose its kept neurons, have the MLPs skip the others, and let C fade.
+
+        Returns how many neurons each layer keeps.
+        """
+        for C in self.C:  # Algorithm 1: C <- (1 - lambda_sim) C + ...
+            C.mul_(1 - self.lambda_sim)
+        if self.method.score is not None:
+            measured = self.measured.split(self.widths)
+            self.scores.copy_(torch.cat(list(map(self.method.score, self.mlps, measured))))
+        v_t, progress = v_at(step, self.steps, self.leftover), 1 - cubic(step, self.steps)
+        if (progress == 0 if self.method.threshold else v_t == 1):  # all stay: nothing to wait for
+            for mlp in self.mlps:
+                mlp.keep = None
+            return self.widths
+        layers = self.scores.split(self.widths)
+        if self.method.threshold:
+            tau_t = self.tau * progress
+            kept = [above_threshold(S, tau_t, round(self.leftover * len(S))) for S in layers]
         elif self.scope == "layer":
-            kept = [top_v(s, round(v_t * len(s))) for s in self.scores.split(self.widths)]
+            kept = [top_v(S, round(v_t * len(S))) for S in layers]
         else:
             kept = [top_v(self.scores, round(v_t * len(self.scores)))]
-        counts = []
-        for mlp, mask in zip(self.mlps, torch.cat(kept).cpu().split(self.widths)):  # the step's one wait for the device
-            keep = mask.nonzero().squeeze(1)  # [k]
-            extra = min(-len(keep) % self.multiple_of, len(mask) - len(keep))
-            padded = F.pad(keep, (0, extra)).to(self.scores.device, non_blocking=True)
-            mlp.keep = padded[: len(keep)] if len(keep) < len(mask) else None
-            mlp.padded = padded if extra else None
-            counts.append(len(keep))
+        masks = torch.cat(kept).cpu().split(self.widths)  # the step's one wait for the device
+        counts = [int(mask.sum()) for mask in masks]
+        keep = torch.cat([mask.nonzero().squeeze(1) for mask in masks]).to(self.scores.device)
+        for mlp, m, indices in zip(self.mlps, self.widths, keep.split(counts)):
+            mlp.keep = indices if len(indices) < m else None
         return counts
 
     @contextmanager
-    def observing(self, tokens=None):
-        """While open, a forward pass updates the running similarity and U, from the tokens numbered `tokens` [s] of its
-        B * T (None = all). When the backward pass computes activations again, it is closed: each is seen once.
-        """
-        if not self.gram:
-            yield
-            return
-        # C <- (1 - lambda_sim) C + lambda_sim h^T h, where the first factor goes into the scale: C is not even touched
-        # where nothing is added to it. Before float32 runs out of exponents, the scale goes back into C.
-        self.gram_scale *= 1 - self.lambda_sim
-        if self.gram_scale < 1e-12:
-            for C in self.gram:
-                C.mul_(self.gram_scale)
-            self.gram_scale = 1.0
-        penalties = self.uniqueness_penalty.zero_().split(self.widths)  # U = 0 for pruned neurons
-        for mlp, C, U in zip(self.mlps, self.gram, penalties):
-            mlp.observer = partial(self.observe, mlp, C, U, tokens)
+    def recording(self, tokens=None):
+        """While open, forward passes add to C and to what is measured, from the tokens numbered
+        `tokens` [s] of their B * T (None = all). A backward pass that computes activations again is
+        outside, so that each is seen once."""
+        for layer, mlp in enumerate(self.mlps if self.C or self.method.measure else ()):
+            mlp.record = partial(self.record, layer, tokens)
         try:
             yield
         finally:
             for mlp in self.mlps:
-                mlp.observer = None
+                mlp.record = None
 
     @torch.compiler.disable
     @torch.no_grad()
-    def observe(self, mlp, C, U, tokens, h):
-        """One layer's part: h [B, T, k] goes into its C [m, m] and its neurons' U [m]."""
-        h = h.flatten(0, 1) if tokens is None else h.flatten(0, 1).index_select(0, tokens)  # [tokens, k]
-        with torch.autocast(h.device.type, enabled=False):
-            penalty = update_gram(C, h, mlp.keep, self.lambda_sim / self.gram_scale)  # [k]
-        U[slice(None) if mlp.keep is None else mlp.keep] = penalty
+    def record(self, layer, tokens, h):
+        """Add one layer's h [B, T, k]. A pruned neuron's h = 0 would add nothing."""
+        h = h.flatten(0, 1)  # [B T, k]
+        h = h if tokens is None else h.index_select(0, tokens)  # [tokens, k]
+        if self.C:
+            self.C[layer][self.kept(layer, 2)] += self.lambda_sim * (h.T @ h)  # Algorithm 1
+        if self.method.measure is not None:
+            sums = self.sums[:-1].split(self.widths)[layer]  # [m]
+            sums[self.kept(layer)] += self.method.measure(h.to(sums.dtype)).sum(0)
+            self.sums[-1] += len(h) * (layer == 0)
+
+    def kept(self, layer, dimensions=1):
+        """What picks the kept neurons from a tensor [m], or from one [m, m]."""
+        keep = self.mlps[layer].keep
+        if keep is None:
+            return ...
+        return keep if dimensions == 1 else (keep[:, None], keep)
 
     @torch.no_grad()
-    def score_gradient(self, step):
-        """After the backward pass, before clipping: give the scores their gradient, from the task and the regulariser.
-
-        R(S) = lambda_t / N sum sigmoid(S_j), and with uniqueness R_sim(S) = lambda_t / N sum (1 + lambda_gum U_j)
-        sigmoid(S_j) (eq. 4 and its released code). U carries no gradient. lambda_t follows the schedule.
-        """
-        if not self.scores.requires_grad:
+    def update(self, step):
+        """End `step`, before the optimizer's: the scores get their gradient."""
+        many = dist.is_initialized()
+        if self.method.measure is not None:
+            if many:
+                dist.all_reduce(self.sums)
+            self.measured.lerp_(self.sums[:-1] / self.sums[-1], self.lambda_sim)
+            self.sums.zero_()
+        if not self.method.learned:
             return
-        if self.gram and dist.is_initialized():  # each process has its own C; the mean gradient is that of the mean U
-            dist.all_reduce(self.uniqueness_penalty)
-            self.uniqueness_penalty /= dist.get_world_size()
-        if self.method == "soft":
-            scale = 1 - cubic(step, self.steps)  # tau_t / tau
+        U = torch.zeros_like(self.scores)  # [N]
+        for layer, (C, of_layer) in enumerate(zip(self.C, U.split(self.widths))):
+            sim = similarity(C[self.kept(layer, 2)])  # [k, k]
+            # U_j = 1/N_left sum over i != j of |sim(h_j, h_i)|
+            of_layer[self.kept(layer)] = sim.sum(1) / max(len(sim), 1)
+        if self.C and many:  # each process has its own C: the gradient's mean is that of the mean U
+            dist.all_reduce(U)
+            U /= dist.get_world_size()
+        if self.method.threshold:
+            lambda_t = self.lambda_mvp * (1 - cubic(step, self.steps))  # tau_t / tau
         else:
-            scale = leftover_at(step, self.steps, self.leftover) / self.leftover
-        sigmoid = self.scores.sigmoid()
-        weight = self.lambda_mvp * scale / len(self.scores) * (1 + self.lambda_gum * self.uniqueness_penalty)
-        task = torch.cat([movement(mlp) for mlp in self.mlps])
-        self.scores.grad = task + weight * sigmoid * (1 - sigmoid)
-
-    def state_dict(self):
-        return {"scores": self.scores.data, "gram": self.gram, "gram_scale": self.gram_scale}
-
-    def load_state_dict(self, state):
-        self.scores.data.copy_(state["scores"])
-        self.gram_scale = state["gram_scale"]
-        for C, saved in zip(self.gram, state["gram"]):
-            C.copy_(saved)
+            lambda_t = self.lambda_mvp * v_at(step, self.steps, self.leftover) / self.leftover
+        self.scores.grad = torch.cat([movement(mlp) for mlp in self.mlps])
+        with torch.enable_grad():  # adds the regulariser's; U carries none
+            regulariser(self.scores, U, lambda_t, self.lambda_gum).backward()
 
 
-# Distillation, one step, and the end.
+# The loss.
 
 
-def distillation_loss(logits, teacher_logits, targets, temperature):
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)), the mean in nats over the tokens that count (section 2).
-
-    `logits` and `teacher_logits` [B, T, V]; `targets` [B, T], -100 where a token does not count.
+def distillation_loss(logits, taught, temperature):
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)) (section 2), in nats, the sum over the n
+    tokens of `logits` and `taught`, the teacher's, [n, V].
     """
-    counts = targets != -100
-    student = F.log_softmax(logits.float() / temperature, dim=-1)  # [B, T, V]
-    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
-    kl = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)  # [B, T]
-    return temperature**2 * kl.where(counts, 0.0).sum() / counts.sum()  # kl[counts] would have to wait for the device
+    student = F.log_softmax(logits / temperature, dim=-1)
+    teacher = F.log_softmax(taught / temperature, dim=-1)
+    return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="sum")
 
 
-def make_optimizer(model, pruner, args):
-    """AdamW over three groups: weights, what is not decayed (biases and norms), and scores at a rate of their own."""
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    groups = [dict(params=decayed, weight_decay=args.weight_decay, peak=args.lr),
-              dict(params=[p for p in model.parameters() if p.dim() < 2], weight_decay=0.0, peak=args.lr)]
-    if pruner.scores.requires_grad:
-        groups.append(dict(params=[pruner.scores], weight_decay=0.0, peak=args.mask_lr, eps=1e-4))
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), eps=args.eps, fused=True)
+def token_loss(logits, targets, taught, how):
+    """The loss in nats, summed over n tokens: cross-entropy, or with a teacher
+    alpha_ce CE + alpha_kd T^2 KL.
 
-
-def autocast_of(device, dtype):
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
-
-
-def fine_prune(model, pruner, optimizer, micro_batches, step, args, teacher=None):
-    """One step of fine-pruning. Returns how many neurons each layer keeps, the loss, and the weights' gradient norm.
-
-    `model` is a GPT, or DistributedDataParallel around one; `micro_batches` are from `data.micro_batches`, `args` has
-    dtype, label_smoothing and, for a teacher, alpha_ce, alpha_kd and temperature. The loss is the mean in nats over the
-    tokens of the whole batch that count, those of other processes included. Learning rates follow the schedule.
+    `logits` [n, V], `targets` [n], `taught` [n, V] or None. `how` has label_smoothing, and for a
+    teacher alpha_ce, alpha_kd and temperature.
     """
-    widths, total, autocast = pruner.select(step), 0.0, autocast_of(pruner.scores.device, args.dtype)
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * lr_factor(step, pruner.steps)
-    for number, micro in enumerate(micro_batches, 1):
+    loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=how.label_smoothing)
+    if taught is None:
+        return loss
+    return how.alpha_ce * loss + how.alpha_kd * distillation_loss(logits, taught, how.temperature)
+
+
+class HeadLoss(torch.autograd.Function):
+    """`token_loss` of final hidden states `x` [n, d] under the output head [V, d], without ever
+    holding all logits [n, V]: with a vocabulary of 50,257 they would need most of the memory.
+
+    Gradients are taken here, some tokens' logits at a time, and only scaled in the backward pass.
+    `teacher`: None, or its final hidden states [n, d'] and its head [V, d']. Products are in the
+    autocast dtype, the loss in float32 at least.
+    """
+
+    @staticmethod
+    def forward(ctx, x, head, targets, teacher, how):
+        dtype, device = head.dtype, x.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        exact = torch.promote_types(dtype, torch.float32)
+        # Tokens at a time: 0.5 GB of float32 logits. On a CPU 32 MiB, for larger blocks of memory
+        # go back to the system after each use.
+        rows = max(64, 2 ** (27 if x.is_cuda else 23) // len(head))
+        low, total = head.to(dtype), torch.zeros((), dtype=exact, device=x.device)
+        grad_x, grad_head = torch.empty_like(x), torch.zeros_like(head)
         if teacher is not None:
-            with torch.no_grad(), autocast:
-                taught = teacher.features_at(micro.idx, micro.places)  # [n, d]
+            teacher = [tensor.to(dtype) for tensor in teacher]
+        for start in range(0, len(x), rows):
+            at = slice(start, start + rows)
+            features = x[at].to(dtype)  # [rows, d]
+            logits = (features @ low.T).to(exact).requires_grad_()  # [rows, V]
+            taught = None if teacher is None else (teacher[0][at] @ teacher[1].T).to(exact)
+            with torch.enable_grad():
+                loss = token_loss(logits, targets[at], taught, how)
+            grad = torch.autograd.grad(loss, logits)[0].to(dtype)  # [rows, V]
+            total += loss.detach()
+            del logits, loss, taught  # freed before the next ones are made
+            grad_x[at] = grad @ low
+            if dtype == head.dtype:  # adds in place: [V, d] is large enough to show in the time
+                grad_head.addmm_(grad.T, features)
+            else:
+                grad_head += grad.T @ features
+        ctx.grads = grad_x, grad_head
+        return total
 
-        def loss_of(logits, some):  # [tokens, V]; a slice: which of the micro-batch's n tokens these are
-            loss = F.cross_entropy(logits, micro.targets[some], reduction="sum",
-                                   label_smoothing=args.label_smoothing)
-            if teacher is not None:
-                kl = distillation_loss(logits, F.linear(taught[some], teacher.wte.weight), micro.targets[some],
-                                       args.temperature)
-                loss = args.alpha_ce * loss + args.alpha_kd * kl * len(logits)
-            return loss / micro.total
+    @staticmethod
+    def backward(ctx, scale):
+        grad_x, grad_head = ctx.grads
+        return grad_x.mul_(scale), grad_head.mul_(scale), None, None, None
 
-        # Gradients of micro-batches add up here; only the last one's backward pass averages them over the processes.
-        waits = number < len(micro_batches) and dist.is_initialized()
-        with model.no_sync() if waits else nullcontext():
-            with autocast, pruner.observing(micro.similar):
-                loss = model(micro.idx, places=micro.places, loss_of=loss_of)[1]
-            loss.backward()
-        total += loss.detach()
-    if dist.is_initialized():
-        dist.all_reduce(total)
-        total /= dist.get_world_size()
-    pruner.score_gradient(step)
-    # Only the weights are clipped: a large score gradient never scales them, nor they it.
-    norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
-    if norm.is_cuda or norm > 1:  # a GPU is not asked, because that would mean waiting for it
-        nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return widths, total, norm
+
+# The end.
 
 
 @torch.no_grad()
 def shrink(model, multiple_of=1):
-    """Make the pruned widths real, in place: each MLP keeps only its neurons in `keep`. Returns the model.
+    """Make the pruned widths real, in place: each MLP has only its neurons in `keep` left. Returns
+    the model.
 
-    `multiple_of` rounds every width up with neurons whose weights are zero, for devices that are faster so; the model
-    computes the same. The old parameters are replaced: make a new optimizer to train on.
+    `multiple_of` rounds every width up with neurons whose weights are zero, for devices that are
+    faster so; the model computes the same.
+    Parameters are replaced, so training on takes a new optimizer.
     """
     widths = []
     for mlp in (block.mlp for block in model.h):
@@ -355,7 +355,7 @@ def shrink(model, multiple_of=1):
         mlp.c_fc.bias = nn.Parameter(F.pad(b1[keep], (0, extra)))  # [k]
         mlp.c_proj.weight = nn.Parameter(F.pad(w2[:, keep], (0, extra)))  # [d, k]
         mlp.c_fc.out_features = mlp.c_proj.in_features = len(keep) + extra
-        mlp.keep = mlp.padded = None
+        mlp.keep = None
         widths.append(len(keep) + extra)
     model.config.mlp_widths = tuple(widths)
     return model
