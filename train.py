@@ -1,9 +1,9 @@
 """Fine-prune a GPT: `python train.py --method gum --dataset wikitext --model gpt2 --leftover 0.25`.
 
-In order: a step of fine-pruning, the loop around it, what a run keeps in its folder, a whole run and
-the table it closes with, and last the flags. Nothing here depends on a random state that would have
-to be saved: the order of the data is a function of the seed and the step. So an interrupted run (of
-one process) goes on bit for bit as if it had not been interrupted.
+In order: a step of fine-pruning, the loop around it, what a run keeps in its folder, a whole run
+and the table it closes with, and last the flags. Nothing here depends on a random state that would
+have to be saved: the order of the data is a function of the seed and the step. So an interrupted
+run (of one process) goes on bit for bit as if it had not been interrupted.
 """
 
 import argparse
@@ -34,8 +34,8 @@ import measure
 from model import GPT, SHAPES, GPTConfig
 from prune import METHODS, HeadLoss, Pruner, defaults_of, lr_factor, shrink, v_at
 
-# Launched by torchrun, N processes run this file in step. Each trains on its share of every batch; 0
-# alone writes.
+# Launched by torchrun, N processes run this file in step. Each trains on its share of every batch;
+# 0 alone writes.
 PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -65,8 +65,8 @@ def fine_prune(model, pruner, optimizer, micro_batches, step, args, teacher=None
     """One step of fine-pruning, counted from 1. Returns how many neurons each layer keeps, the mean
     loss in nats over the batch's tokens that count, and the norm of the weights' gradient.
 
-    `model` is a GPT, or DistributedDataParallel around one; `micro_batches` are `data`'s. `args` has
-    device, dtype, label_smoothing and, for a teacher, alpha_ce, alpha_kd, temperature.
+    `model` is a GPT, or DistributedDataParallel around one; `micro_batches` are `data`'s. `args`
+    has device, dtype, label_smoothing and, for a teacher, alpha_ce, alpha_kd, temperature.
     """
     widths = pruner.select(step)  # M: from here on the MLPs skip the other neurons
     for group in optimizer.param_groups:
@@ -95,21 +95,21 @@ def fine_prune(model, pruner, optimizer, micro_batches, step, args, teacher=None
 
 
 def train(args, steps, model, teacher, train_data, val_data, checkpoint, stop):
-    """The loop: fine-tune `model` for `steps`, pruning as the schedule says. Returns its sums, with
-    its seconds and tokens; on return the model skips the neurons that were pruned.
+    """The loop: fine-tune `model` for `steps`, pruning as the schedule says. Returns its progress,
+    with seconds and tokens; on return the model skips the neurons that were pruned.
 
-    `checkpoint` is what to go on from, or None. Once something is put into the list `stop`, the loop
-    ends between two steps: it saves a checkpoint and raises KeyboardInterrupt. Raises
+    `checkpoint` is what to go on from, or None. Once something is put into the list `stop`, the
+    loop ends between two steps: it saves a checkpoint and raises KeyboardInterrupt. Raises
     FloatingPointError when the loss is no longer a number.
     """
+    folder, eval_every = Path(args.out), args.eval_every or max(steps // 5, 1)
     pruner = Pruner(model, args.method, args.leftover, steps, args.scope, args.lambda_mvp,
                     args.lambda_gum, args.lambda_sim, args.tau, args.seed)
-    parts = dict(model=model, pruner=pruner, optimizer=make_optimizer(model, pruner, args))
-    run = SimpleNamespace(folder=Path(args.out), step=0, saved=0, parts=parts,
-                          sums=dict(seconds=0.0, tokens=0, loss=0.0, norm=0.0, since=0))
+    optimizer = make_optimizer(model, pruner, args)
+    progress = SimpleNamespace(step=0, saved=0, seconds=0.0, tokens=0, loss=0.0, norm=0.0, since=0)
+    parts = dict(model=model, pruner=pruner, optimizer=optimizer)
     if checkpoint is not None:
-        run.step = run.saved = checkpoint["step"]
-        run.sums = checkpoint["sums"]
+        progress = SimpleNamespace(**checkpoint["progress"])
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
     model.gradient_checkpointing = args.gradient_checkpointing
@@ -119,50 +119,52 @@ def train(args, steps, model, teacher, train_data, val_data, checkpoint, stop):
     if PROCESSES > 1:
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if PROCESS == 0:
-        cut_log(run)
-    bar = tqdm(total=steps, initial=run.step, desc=run.folder.name, unit="step", dynamic_ncols=True,
-               mininterval=0.5, **(dict(disable=True) if PROCESS else {}))
-    eval_every = args.eval_every or max(steps // 5, 1)
+        cut_log(folder, progress.step)
+    bar = dict(total=steps, initial=progress.step, desc=folder.name, unit="step", mininterval=0.5,
+               dynamic_ncols=True) | (dict(disable=True) if PROCESS else {})
     model.train()
     clock = time.perf_counter()
-    for step in range(run.step + 1, steps + 1):
-        batch = train_data.batch(batch_indices(step, len(train_data), args.batch_size, args.seed))
-        micro_batches = data.micro_batches(batch, args.device, args.accumulate, PROCESS, PROCESSES,
-                                           args.sim_tokens, seed=1_000_003 * args.seed + step)
-        try:
-            widths, loss, norm = fine_prune(parallel, pruner, parts["optimizer"], micro_batches,
-                                            step, args, teacher)
-        except RuntimeError:  # another process is gone, before this step changed a weight
-            if PROCESSES > 1 and run.step:
-                save(run)
-            raise
-        run.step = step
-        for name, value in dict(loss=loss, norm=norm, tokens=batch[0].numel(), since=1).items():
-            run.sums[name] += value
-        last, stopping = step == steps, stops(step, stop, args)
-        evaluates = step % eval_every == 0 and not last
-        logs = step % args.log_every == 0 or evaluates or last
-        saves = step % args.checkpoint_every == 0 or last or stopping
-        if logs or saves:
-            settle(run, time.perf_counter() - clock, args)
-        if logs:
-            val_loss = None
-            if evaluates and PROCESS == 0:
-                val_loss = measure.mean_loss(model, val_data, autocast_of(args), most=16)
-                model.train()
-            log(run, bar, widths, v_at(step, steps, args.leftover), val_loss)
-        if saves:
-            save(run)
-        if logs or saves:
-            clock = time.perf_counter()  # evaluating and saving are not training
-        bar.update(step - bar.n)
-        if stopping and not last:
-            bar.close()
-            raise KeyboardInterrupt(f"stopped after step {step} of {steps}, which is saved in "
-                                    f"{run.folder / 'checkpoint.pt'}")
-    bar.close()
+    with tqdm(**bar) as bar:
+        for step in range(progress.step + 1, steps + 1):
+            indices = batch_indices(step, len(train_data), args.batch_size, args.seed)
+            batch, seed = train_data.batch(indices), 1_000_003 * args.seed + step
+            micro_batches = data.micro_batches(batch, args.device, args.accumulate, PROCESS,
+                                               PROCESSES, args.sim_tokens, seed)
+            try:
+                widths, loss, norm = fine_prune(parallel, pruner, optimizer, micro_batches, step,
+                                                args, teacher)
+            except RuntimeError:  # another process is gone, before this step changed a weight
+                if PROCESSES > 1 and step > 1:
+                    save(folder, progress, parts)
+                raise
+            progress.step, progress.since = step, progress.since + 1
+            progress.loss += loss
+            progress.norm += norm
+            progress.tokens += batch[0].numel()
+            last, stopping = step == steps, stops(step, stop, args)
+            evaluates = step % eval_every == 0 and not last
+            logs = step % args.log_every == 0 or evaluates or last
+            saves = step % args.checkpoint_every == 0 or last or stopping
+            if logs or saves:
+                progress.seconds += time.perf_counter() - clock
+                check_finite(progress, args)
+                if logs:
+                    record = dict(v_t=v_at(step, steps, args.leftover), widths=widths,
+                                  leftover=sum(widths) / max(sum(pruner.widths), 1),
+                                  lr=optimizer.param_groups[0]["lr"])
+                    if evaluates and PROCESS == 0:
+                        record["val_loss"] = measure.mean_loss(model, val_data, autocast_of(args), 16)
+                        model.train()
+                    log(folder, progress, record, bar)
+                if saves:
+                    save(folder, progress, parts)
+                clock = time.perf_counter()  # evaluating and saving are not training
+            bar.update(step - bar.n)
+            if stopping and not last:
+                raise KeyboardInterrupt(f"stopped after step {step} of {steps}, which is saved in "
+                                        f"{folder / 'checkpoint.pt'}")
     pruner.select(steps)  # for a run that was resumed after its last step
-    return run.sums
+    return progress
 
 
 @lru_cache(maxsize=2)
@@ -172,13 +174,13 @@ def shuffled(n, seed, epoch):
 
 
 def batch_indices(step, n, batch_size, seed):
-    """Which of the n training sequences are the batch of `step` (from 1): shuffled epochs in a row."""
+    """Which of the n training sequences are the batch of `step` (from 1), epoch after epoch."""
     places = range((step - 1) * batch_size, step * batch_size)
     return [shuffled(n, seed, place // n)[place % n] for place in places]
 
 
 def told_by_first(function):
-    """What `function` returns, called by process 0 alone: the others wait for it, and get the same."""
+    """What `function` returns, called by process 0 alone: the others wait, and get the same."""
     result = [function() if PROCESS == 0 else None]
     if PROCESSES > 1:
         dist.broadcast_object_list(result)
@@ -186,59 +188,56 @@ def told_by_first(function):
 
 
 def stops(step, stop, args):
-    """Whether a signal has come. Several processes have to stop at the same step, so they ask less."""
+    """Whether a signal has come. Several processes must stop at the same step, so they ask less."""
     if PROCESSES == 1:
         return bool(stop)
     return step % args.log_every == 0 and told_by_first(lambda: bool(stop))
 
 
-def settle(run, seconds, args):
-    """Add the time; fetch the loss from the device, to see that it is a number."""
-    sums = run.sums
-    sums.update(loss=float(sums["loss"]), norm=float(sums["norm"]), seconds=sums["seconds"] + seconds)
-    if not math.isfinite(sums["loss"] + sums["norm"]):
-        kept = f"the checkpoint of step {run.saved} is kept" if run.saved else "no checkpoint yet"
-        raise FloatingPointError(f"the loss is no longer a finite number at step {run.step}; {kept}; "
-                                 f"try a lower --lr than {args.lr:g}")
+def check_finite(progress, args):
+    """Fetch loss and norm from the device; raise FloatingPointError if one is not a number."""
+    progress.loss, progress.norm = float(progress.loss), float(progress.norm)
+    if not math.isfinite(progress.loss + progress.norm):
+        kept = f"the checkpoint of step {progress.saved} is kept; " * (progress.saved > 0)
+        raise FloatingPointError("the loss is no longer a finite number at step "
+                                 f"{progress.step}; {kept}try a lower --lr than {args.lr:g}")
 
 
-# What a run's folder holds: settings.json, from the start, log.jsonl and checkpoint.pt; at its end
+# A run's folder holds settings.json, from the start, log.jsonl and checkpoint.pt; at its end
 # config.json, model.safetensors and metrics.json, which is written last and so says that the run is
 # finished. Then settings.json and checkpoint.pt go.
 
 
-def save(run):
+def save(folder, progress, parts):
     """Write the checkpoint, whole or not at all."""
-    run.saved = run.step
+    progress.saved = progress.step
     if PROCESS == 0:
-        path = run.folder / "checkpoint.pt"
-        states = {name: part.state_dict() for name, part in run.parts.items()}
-        torch.save(dict(step=run.step, sums=run.sums, **states), path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+        progress.loss, progress.norm = float(progress.loss), float(progress.norm)
+        states = {name: part.state_dict() for name, part in parts.items()}
+        torch.save(dict(progress=vars(progress), **states), folder / "checkpoint.tmp")
+        os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
 
 
-def cut_log(run):
-    """Drop what was logged after the checkpoint that a run goes on from: it will come again."""
-    path = run.folder / "log.jsonl"
+def cut_log(folder, step):
+    """Drop what was logged after the checkpoint of `step`: it will come again."""
+    path = folder / "log.jsonl"
     try:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= run.step]
+        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: remove {run.folder} and start over") from error
+        raise ValueError(f"{path} is damaged: remove {folder} and start over") from error
     measure.write_whole(path, "".join(kept))
 
 
-def log(run, bar, widths, v_t, val_loss):
-    """Append a line to log.jsonl: means over the steps since the last one. Show it on the bar."""
-    sums, pruner, n = run.sums, run.parts["pruner"], run.sums["since"]
-    record = dict(step=run.step, loss=sums["loss"] / n, grad_norm=sums["norm"] / n,
-                  lr=run.parts["optimizer"].param_groups[0]["lr"], v_t=v_t,
-                  leftover=sum(widths) / max(sum(pruner.widths), 1), widths=widths,
-                  **({} if val_loss is None else dict(val_loss=val_loss)), seconds=sums["seconds"],
-                  tokens_per_second=sums["tokens"] / sums["seconds"])
-    sums.update(loss=0.0, norm=0.0, since=0)
+def log(folder, progress, record, bar):
+    """Append a line to log.jsonl: `record`, and means over the steps since the line before."""
+    n = progress.since
+    record = dict(step=progress.step, loss=progress.loss / n, grad_norm=progress.norm / n,
+                  **record, seconds=progress.seconds,
+                  tokens_per_second=progress.tokens / progress.seconds)
+    progress.loss, progress.norm, progress.since = 0.0, 0.0, 0
     if PROCESS == 0:
-        with open(run.folder / "log.jsonl", "a") as file:
+        with open(folder / "log.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
         bar.set_postfix(loss=f"{record['loss']:.3f}", leftover=f"{record['leftover']:.0%}",
                         tokens_per_s=f"{record['tokens_per_second']:,.0f}")
@@ -254,28 +253,28 @@ def settings_of(args):
 
 
 def check_folder(args):
-    """Whether the run in args.out is "new", "interrupted" or "finished". Raises ValueError if it
-    can't go on there."""
+    """Whether the run in args.out is "new", "interrupted" or "finished"; ValueError if it can't be
+    made there."""
     out = Path(args.out)
-    found = measure.read_run(out) if out.is_dir() else SimpleNamespace(state="new", settings={})
-    if not args.resume and found.state == "finished":
-        raise ValueError(f"{out} holds a finished run: name another folder with --out, or remove it")
-    if not args.resume and found.state == "interrupted" and (out / "checkpoint.pt").exists():
-        raise ValueError(f"{out} holds an interrupted run: add --resume to its command to go on, or "
-                         "remove it")
-    if found.state == "new":
-        if out.exists() and not (out.is_dir() and set(os.listdir(out)) <= {LOCK}):
-            raise ValueError(f"{out} exists and is no run's folder: name another with --out")
-        if args.resume:
+    found = measure.read_run(out) if out.is_dir() else None
+    state = found.state if found else "new"
+    if state == "new" and out.exists() and not (found and set(os.listdir(out)) <= {LOCK}):
+        raise ValueError(f"{out} exists and is no run's folder: name another with --out")
+    if args.resume:
+        if state == "new":
             raise ValueError(f"nothing to resume in {out}: run the same command without --resume")
-    if not args.resume:
-        return "new"
-    different = [f"{name} is {found.settings.get(name)} there and {value} here"
-                 for name, value in settings_of(args).items() if found.settings.get(name) != value]
-    if different:
-        raise ValueError(f"{out} is a run with other settings ({', '.join(different)}): resume it "
-                         "with its own command")
-    return found.state
+        different = [f"{name} is {found.settings.get(name)} there and {value} here" for name, value
+                     in settings_of(args).items() if found.settings.get(name) != value]
+        if different:
+            raise ValueError(f"{out} is a run with other settings ({', '.join(different)}): resume "
+                             "it with its own command")
+        return state
+    if state == "finished":
+        raise ValueError(f"{out} holds a finished run: name another with --out, or remove it")
+    if (out / "checkpoint.pt").exists():
+        raise ValueError(f"{out} holds an interrupted run: add --resume to its command to go on, "
+                         "or remove it")
+    return "new"
 
 
 LOCK = ".lock"
@@ -284,26 +283,24 @@ LOCK = ".lock"
 @contextmanager
 def locked(folder, wait):
     """Keep other processes from making the same run at once; the lock ends with the process."""
-    lock = FileLock(folder / LOCK)
     try:
-        with lock.acquire(timeout=-1 if wait else 0):
+        with FileLock(folder / LOCK, timeout=-1 if wait else 0):
             yield
     except Timeout as error:
         raise ValueError(f"another process is at work in {folder}: wait for it, or name another "
                          "--out") from error
-    if (folder / "metrics.json").exists():  # nobody will make this run any more
-        (folder / LOCK).unlink(missing_ok=True)
+    (folder / LOCK).unlink(missing_ok=True)  # the run is finished: nobody will make it again
 
 
 def dense_run(args, flags):
     """The folder of the dense run of the same data, model and seed, and its flags: the same run
     without pruning. If there is none yet, any finished one can serve as a teacher, but for `tiny`,
     whose dense run is made on the spot."""
-    without = dict.fromkeys([*FLAGS["pruning"], *FLAGS["distillation"], "out"]) | dict(method="none")
-    dense = SimpleNamespace(**vars(flags) | without)
+    without = dict.fromkeys([*FLAGS["pruning"], *FLAGS["distillation"], "out", "resume"])
+    dense = SimpleNamespace(**vars(flags) | without | dict(method="none"))
     folder = Path(resolve(dense).out)
     if args.distill and args.model != "tiny" and not (folder / "metrics.json").exists():
-        beside = measure.find_dense({folder.parent, Path(args.out).parent}, vars(args))
+        beside = measure.find_dense([folder.parent, Path(args.out).parent], vars(args))
         folder = beside.path if beside else folder
     return folder, dense
 
@@ -319,13 +316,13 @@ def load_model(source, args):
 def run(flags, implied=False):
     """Make the run that `flags` (from `parse`) describe, and for `tiny` the dense run `implied`.
 
-    Returns its metrics. Raises ValueError or OSError for what the user got wrong, before anything is
-    trained, and what `train` raises.
+    Returns its metrics. Raises ValueError or OSError for what the user got wrong, before anything
+    is trained, and what `train` raises.
     """
     args = resolve(flags)
     if args.accumulate * PROCESSES > args.batch_size:
-        raise ValueError(f"--accumulate {args.accumulate} on {PROCESSES} processes is more than the "
-                         f"{args.batch_size} sequences of a batch")
+        raise ValueError(f"--accumulate {args.accumulate} on {PROCESSES} processes is more than "
+                         f"the {args.batch_size} sequences of a batch")
     out, tiny = Path(args.out), args.model == "tiny"
     dense, dense_flags = dense_run(args, flags)
     state, has_dense = told_by_first(
@@ -333,13 +330,10 @@ def run(flags, implied=False):
     if state == "finished":
         return measure.read_run(out).metrics
     if args.distill and not (args.teacher or has_dense or tiny):
-        told = ("data_path", "data_config", "block_size", "steps", "epochs", "lr")
-        extra = "".join(f" {flag_of(name)} {shlex.quote(str(value))}"
-                        for name, value in vars(dense_flags).items()
-                        if name in told and value is not None)
-        raise ValueError("--distill found no teacher: name one with --teacher, or make it first with: "
-                         f"python train.py --method none --dataset {args.dataset} "
-                         f"--model {args.model} --seed {args.seed}{extra}")
+        given = [word for name, value in vars(dense_flags).items() if value is not None
+                 for word in (flag_of(name), str(value))[: 1 if value is True else 2]]
+        raise ValueError("--distill found no teacher: name one with --teacher, or make it first "
+                         f"with: python train.py {shlex.join(given)}")
 
     # What can be wrong with the model, the data and the teacher is found here.
     source = args.model if not tiny else dense if args.method != "none" else None
@@ -350,34 +344,35 @@ def run(flags, implied=False):
         raise ValueError(f"--block-size {block_size} is longer than the model's context of "
                          f"{config.n_positions} tokens")
     where = config.vocab_size, block_size, args.data_path, args.data_config
-    train_data, val_data = (data.load(args.dataset, split, *where) for split in ("train", "validation"))
+    train_data = data.load(args.dataset, "train", *where)
+    val_data = data.load(args.dataset, "validation", *where)
     if args.method != "none" and not sum(config.mlp_widths):
         raise ValueError(f"{args.model} has no MLP neurons left to prune")
     teacher = None
     if args.teacher or args.distill and not tiny:
         teacher = load_model(args.teacher or dense, args)
-        known = teacher.config.vocab_size, teacher.config.n_positions
-        if known[0] != config.vocab_size or known[1] < block_size:
-            raise ValueError(f"the teacher has a vocabulary of {known[0]} and a context of {known[1]} "
-                             f"tokens; {config.vocab_size} and {block_size} are needed")
+        vocab_size, n_positions = teacher.config.vocab_size, teacher.config.n_positions
+        if vocab_size != config.vocab_size or n_positions < block_size:
+            raise ValueError(f"the teacher has a vocabulary of {vocab_size} and a context of "
+                             f"{n_positions} tokens, not {config.vocab_size} and {block_size}")
     steps = args.steps or max(1, round(args.epochs * len(train_data) / args.batch_size))
     checkpoint = None
     if state == "interrupted" and (out / "checkpoint.pt").exists():
         try:
             checkpoint = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
         except Exception as error:  # torch has several exceptions for a damaged file
-            raise ValueError(f"{out}/checkpoint.pt is damaged: remove {out} and start over") from error
+            raise ValueError(f"{out / 'checkpoint.pt'} is damaged: remove {out} and start over"
+                             ) from error
 
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, wait=implied) if PROCESS == 0 else nullcontext():
-        if told_by_first((out / "metrics.json").exists):  # another command has finished it meanwhile
+        if told_by_first((out / "metrics.json").exists):  # another command has finished it
             return measure.read_run(out).metrics
         if PROCESS == 0:
-            measure.write_whole(out / "settings.json", json.dumps(settings_of(args), indent=2) + "\n")
+            measure.write_whole(out / "settings.json", json.dumps(settings_of(args), indent=2))
         if tiny and not has_dense and (source is not None or args.distill and not args.teacher):
             say(f"first the dense model, in {dense}")
-            made = (dense / "settings.json", dense / "metrics.json")
-            dense_flags.resume = any(file.exists() for file in made)
+            dense_flags.resume = dense.is_dir() and measure.read_run(dense).state != "new" or None
             run(dense_flags, implied=True)
         model = model or load_model(source, args)
         if args.distill:
@@ -388,7 +383,7 @@ def run(flags, implied=False):
         handlers = {n: signal.signal(n, lambda *_: stop.append(True))
                     for n in (signal.SIGINT, signal.SIGTERM)}
         try:
-            sums = train(args, steps, model, teacher, train_data, val_data, checkpoint, stop)
+            done = train(args, steps, model, teacher, train_data, val_data, checkpoint, stop)
         finally:
             for n, handler in handlers.items():
                 signal.signal(n, handler)
@@ -397,8 +392,8 @@ def run(flags, implied=False):
         def finish():
             shrink(model).save_pretrained(out)
             metrics = dict(settings=settings_of(args), steps=steps, block_size=block_size,
-                           processes=PROCESSES, seconds=sums["seconds"], tokens=sums["tokens"],
-                           tokens_per_second=sums["tokens"] / sums["seconds"])
+                           processes=PROCESSES, seconds=done.seconds, tokens=done.tokens,
+                           tokens_per_second=done.tokens / done.seconds)
             models = load_model(source, args).eval(), load_model(out, args).eval()
             metrics |= compare(*models, val_data, args)
             metrics["versions"] = dict(python=platform.python_version(), torch=torch.__version__)
@@ -414,11 +409,11 @@ def run(flags, implied=False):
 
 
 def compare(start, result, val_data, args):
-    """Both models' loss on the whole validation split (nats per token), size, speed, and a sample."""
-    tokenizer = data.tokenizer(result.config.vocab_size)
-    if isinstance(val_data, data.Blocks):
-        ids = tokenizer.encode("def ") if args.dataset == "stdlib" else val_data.tokens[:16].tolist()
-        ids = ids[: val_data.block_size]
+    """Both models' loss on the whole validation split (nats per token), size, speed, a sample."""
+    if args.dataset == "stdlib":
+        ids = data.tokenizer(result.config.vocab_size).encode("def ")[: val_data.block_size]
+    elif isinstance(val_data, data.Blocks):
+        ids = val_data.tokens[: min(16, val_data.block_size)].tolist()
     else:
         ids = val_data.prompts[0]
     batch = val_data.batch(range(min(args.batch_size, len(val_data))))
@@ -463,80 +458,76 @@ def report(metrics, folder):
 
 def flag(kind, about, default=None, tiny=None, within=None):
     """A flag: its type, its choices, or None for a switch; what it is; its default, and the one for
-    `tiny`; what a number must be, one of RANGES."""
+    `tiny`; what a number must be."""
     return SimpleNamespace(kind=kind, about=about, default=default, tiny=tiny, within=within)
 
 
-RANGES = {"above 0 and finite": lambda x: 0 < x < math.inf, "at least 0": lambda x: 0 <= x < math.inf,
-          "in (0, 1]": lambda x: 0 < x <= 1, "in [0, 1)": lambda x: 0 <= x < 1,
-          "from 0 to 2^31 - 1": lambda x: 0 <= x < 2**31}
-ABOVE_0, AT_LEAST_0, SHARE, *_ = RANGES
-# tokens in a sequence
-BLOCK_SIZE = dict(stdlib=64, toysql=256, wikisql=512, e2e=512, wikitext=1024, samsum=1024)
+ABOVE_0, AT_LEAST_0, SHARE = "above 0 and finite", "at least 0", "in (0, 1]"
+BELOW_1, SEED = "in [0, 1)", "from 0 to 2^31 - 1"
+RANGES = {ABOVE_0: lambda x: 0 < x < math.inf, AT_LEAST_0: lambda x: 0 <= x < math.inf,
+          SHARE: lambda x: 0 < x <= 1, BELOW_1: lambda x: 0 <= x < 1,
+          SEED: lambda x: 0 <= x < 2**31}
+BLOCK_SIZE = dict(stdlib=64, toysql=256, wikisql=512, e2e=512, wikitext=1024, samsum=1024)  # tokens
 USUAL = defaults_of("topv")
 FLAGS = {
     "what to run": dict(
-        method=flag(METHODS, "how neurons are chosen: "
-                    + "; ".join(f"{name}, {method.about}" for name, method in METHODS.items()), "gum"),
+        method=flag(METHODS, "how neurons are chosen: " + "; ".join(
+            f"{name}, {method.about}" for name, method in METHODS.items()), "gum"),
         model=flag(str, "a Hub name (gpt2, EleutherAI/gpt-neo-125m), a folder in Hugging Face's "
-                   "format, a finished run's folder, or tiny, a small byte-level GPT-2 that is first "
-                   "trained dense", "tiny"),
-        seed=flag(int, "of the initialisation, the data's order and random scores", 0,
-                  within="from 0 to 2^31 - 1"),
+                   "format, a finished run's folder, or tiny, a small byte-level GPT-2 that is "
+                   "first trained dense", "tiny"),
+        seed=flag(int, "of the initialisation, the data's order and random scores", 0, within=SEED),
         out=flag(str, "the run's folder (default: out/NAME, named from the settings)"),
         resume=flag(None, "go on with the interrupted run of this very command")),
     "data": dict(
         dataset=flag(data.DATASETS, "what to train on", "stdlib"),
-        data_path=flag(str, "a local folder with the data in the Hub's layout, instead of the Hub"),
+        data_path=flag(str, "a local folder with the data in the Hub's layout"),
         data_config=flag(str, "the data's configuration (default for wikitext: wikitext-103-v1)"),
         block_size=flag(int, "tokens per sequence, at most the model's context (default: "
                         f"{str(BLOCK_SIZE)[1:-1]})", within=ABOVE_0)),
     "training": dict(
         steps=flag(int, "optimizer steps (default: what --epochs make)", tiny=1000, within=ABOVE_0),
         epochs=flag(float, "passes over the training split (samsum: 3)", 5.0, within=ABOVE_0),
-        batch_size=flag(int, "sequences per optimizer step", 8, tiny=32, within=ABOVE_0),
-        accumulate=flag(int, "micro-batches that a step is computed in, to save memory", 1,
-                        within=ABOVE_0),
-        lr=flag(float, "the weights' peak learning rate", 5e-4, tiny=5e-3, within=ABOVE_0),
-        eps=flag(float, "AdamW's epsilon for the weights; the scores keep the paper's 1e-4", 1e-4,
-                 tiny=1e-8, within=ABOVE_0),
-        weight_decay=flag(float, "of the weights; not of biases, norms and scores", 0.1,
-                          within=AT_LEAST_0),
-        label_smoothing=flag(float, "always 0 when distilling", 0.0, within="in [0, 1)")),
+        batch_size=flag(int, "sequences per optimizer step", 8, 32, ABOVE_0),
+        accumulate=flag(int, "micro-batches to compute a step in, for less memory", 1, None,
+                        ABOVE_0),
+        lr=flag(float, "the weights' peak learning rate", 5e-4, 5e-3, ABOVE_0),
+        eps=flag(float, "AdamW's epsilon, for the scores always 1e-4", 1e-4, 1e-8, ABOVE_0),
+        weight_decay=flag(float, "of weights, not of biases, norms, scores", 0.1, None, AT_LEAST_0),
+        label_smoothing=flag(float, "always 0 when distilling", 0.0, None, BELOW_1)),
     "pruning": dict(
-        leftover=flag(float, "v, the fraction of MLP neurons left at the end", 0.25, within=SHARE),
-        scope=flag(("layer", "global"), "keep the best of each layer, or of the whole network (gum)",
+        leftover=flag(float, "v, the fraction of MLP neurons left at the end", 0.25, None, SHARE),
+        scope=flag(("layer", "global"), "keep the best of each layer, or of the network (gum)",
                    USUAL["scope"]),
-        mask_lr=flag(float, "the scores' peak learning rate (soft: 10; gum for gpt2 on samsum: 1e-3)",
-                     USUAL["mask_lr"], within=ABOVE_0),
-        lambda_mvp=flag(float, "weight of the scores' regulariser", USUAL["lambda_mvp"],
-                        within=AT_LEAST_0),
+        mask_lr=flag(float, "the scores' peak learning rate (soft: 10; gum for gpt2 on samsum: "
+                     "1e-3)", USUAL["mask_lr"], None, ABOVE_0),
+        lambda_mvp=flag(float, "weight of the scores' regulariser", USUAL["lambda_mvp"], None,
+                        AT_LEAST_0),
         lambda_gum=flag(float, "weight of uniqueness in it (gum: 10, and 100 when distilling)",
-                        USUAL["lambda_gum"], within=AT_LEAST_0),
-        lambda_sim=flag(float, "how fast the running similarity forgets", USUAL["lambda_sim"],
-                        within=SHARE),
-        sim_tokens=flag(int, "update the similarity from so many random tokens of each step (default: "
-                        "all of them)", within=ABOVE_0),
-        tau=flag(float, "soft movement's final threshold", USUAL["tau"], within=ABOVE_0)),
+                        USUAL["lambda_gum"], None, AT_LEAST_0),
+        lambda_sim=flag(float, "how fast the running similarity forgets", USUAL["lambda_sim"], None,
+                        SHARE),
+        sim_tokens=flag(int, "have it see so many random tokens of a step (default: all)",
+                        within=ABOVE_0),
+        tau=flag(float, "soft movement's final threshold", USUAL["tau"], None, ABOVE_0)),
     "distillation": dict(
         distill=flag(None, "learn from a dense model, too"),
         teacher=flag(str, "a dense model's folder or Hub name (default: the dense run of the same "
                      "data, model and seed)"),
-        alpha_ce=flag(float, "weight of the data's loss", 0.5, within=AT_LEAST_0),
-        alpha_kd=flag(float, "weight of the teacher's", 0.5, within=AT_LEAST_0),
-        temperature=flag(float, "of both distributions", 2.0, within=ABOVE_0)),
+        alpha_ce=flag(float, "weight of the data's loss", 0.5, None, AT_LEAST_0),
+        alpha_kd=flag(float, "weight of the teacher's", 0.5, None, AT_LEAST_0),
+        temperature=flag(float, "of both distributions", 2.0, None, ABOVE_0)),
     "machine": dict(
         device=flag(str, "cuda or cpu", "cuda" if torch.cuda.is_available() else "cpu"),
         dtype=flag(("float32", "bfloat16"),
                    "of the matrix products (default: bfloat16 on a GPU that has it)"),
-        compile=flag(None, "compile the model's blocks with torch.compile: slow to start, then "
-                     "faster, on a GPU above all"),
-        gradient_checkpointing=flag(None, "compute activations twice instead of keeping them: a third "
-                                    "slower, far smaller"),
-        checkpoint_every=flag(int, "steps between checkpoints", 500, tiny=200, within=ABOVE_0),
-        log_every=flag(int, "steps between lines of log.jsonl", 10, tiny=20, within=ABOVE_0),
-        eval_every=flag(int, "steps between evaluations on part of the validation split (default: a "
-                        "fifth of all)", within=ABOVE_0))}
+        compile=flag(None, "compile the blocks with torch.compile: slow to start, then faster"),
+        gradient_checkpointing=flag(None, "compute activations twice instead of keeping them: a "
+                                    "third slower, far smaller"),
+        checkpoint_every=flag(int, "steps between checkpoints", 500, 200, ABOVE_0),
+        log_every=flag(int, "steps between lines of log.jsonl", 10, 20, ABOVE_0),
+        eval_every=flag(int, "steps between evaluations on part of the validation split (default: "
+                        "a fifth of all)", within=ABOVE_0))}
 ALL_FLAGS = {name: one for group in FLAGS.values() for name, one in group.items()}
 
 
@@ -565,15 +556,13 @@ def parse(argv=None):
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
         for name, one in flags.items():
-            known = [] if one.default is None else [f"{one.default}"]
-            known += [] if one.tiny is None else [f"tiny: {one.tiny}"]
-            about = one.about + (f" (default: {'; '.join(known)})" if known else "")
+            usual = {"": one.default, "tiny: ": one.tiny}
+            usual = "; ".join(f"{of}{value}" for of, value in usual.items() if value is not None)
+            about = one.about + f" (default: {usual})" * bool(usual)
+            how = dict(type=one.kind) if callable(one.kind) else dict(choices=one.kind)
             if one.kind is None:
-                group.add_argument(flag_of(name), action="store_true", default=None, help=about)
-            elif callable(one.kind):
-                group.add_argument(flag_of(name), type=one.kind, help=about)
-            else:
-                group.add_argument(flag_of(name), choices=list(one.kind), help=about)
+                how = dict(action="store_true", default=None)
+            group.add_argument(flag_of(name), help=about, **how)
     args = parser.parse_args(argv)
     for name, one in ALL_FLAGS.items():
         value = getattr(args, name)
@@ -584,34 +573,31 @@ def parse(argv=None):
 
 
 def check_together(args):
-    """End the program where flags that are fine alone make no sense together, or on this machine."""
-    method = args.method or ALL_FLAGS["method"].default
-    learned, unique = METHODS[method].learned, defaults_of(method)["lambda_gum"]
-    given = [name for name, value in vars(args).items() if value is not None]
-    pruning = [name for name in given if name in FLAGS["pruning"]
-               and (name, args.leftover) != ("leftover", 1.0)]
-    distilling = [name for name in given if name in FLAGS["distillation"]]
+    """End the program where flags make no sense together, or on this machine."""
+    name = args.method or ALL_FLAGS["method"].default
+    method, unique = METHODS[name], args.lambda_gum
+    unique = defaults_of(name)["lambda_gum"] if unique is None else unique
+    given = [flag for flag, value in vars(args).items() if value is not None]
+    pruning = ", ".join(flag_of(flag) for flag in given if flag in FLAGS["pruning"]
+                        and (flag, args.leftover) != ("leftover", 1.0))
+    distilling = ", ".join(flag_of(flag) for flag in given if flag in FLAGS["distillation"])
+    device = args.device or "cpu"
     for wrong, message in (
-        (method == "none" and pruning,
-         f"{flag_of(*pruning[:1] or [''])} means nothing with --method none: all stay"),
-        (METHODS[method].threshold and args.scope,
-         f"--scope means nothing with --method {method}: one threshold serves every layer"),
-        (not learned and args.lambda_gum,
-         f"--lambda-gum goes with learned scores, not --method {method}"),
-        (args.sim_tokens and not (unique if args.lambda_gum is None else args.lambda_gum),
-         "--sim-tokens goes with --method gum, or another with learned scores and --lambda-gum above 0"),
-        (distilling and not args.distill, f"{flag_of(*distilling[:1] or [''])} goes with --distill"),
+        (name == "none" and pruning, f"{pruning} means nothing with --method none: all stay"),
+        (method.threshold and args.scope,
+         f"--scope means nothing with --method {name}: one threshold serves every layer"),
+        (not method.learned and args.lambda_gum,
+         f"--lambda-gum goes with learned scores, not --method {name}"),
+        (args.sim_tokens and not unique,
+         "--sim-tokens goes with --method gum, or other learned scores and --lambda-gum above 0"),
+        (distilling and not args.distill, f"{distilling} goes with --distill"),
         (args.compile and args.gradient_checkpointing,
          "--compile and --gradient-checkpointing do not go together"),
-        (args.steps and args.epochs,
-         "--steps and --epochs both say how long to train: give one of them"),
-        (args.distill and args.label_smoothing,
-         "--label-smoothing is 0 when distilling: leave it out"),
-        (not re.fullmatch(r"cpu|cuda(:\d+)?", args.device or "cpu"),
-         f"--device {args.device}: it is cuda or cpu"),
-        (args.device and args.device != "cpu" and not torch.cuda.is_available(),
-         f"--device {args.device}: this machine, or this build of torch, has no CUDA; use "
-         "--device cpu")):
+        (args.steps and args.epochs, "--steps and --epochs both say how long: give one of them"),
+        (args.distill and args.label_smoothing, "--label-smoothing does not go with --distill"),
+        (not re.fullmatch(r"cpu|cuda(:\d+)?", device), f"--device {device}: it is cuda or cpu"),
+        (device != "cpu" and not torch.cuda.is_available(), f"--device {device}: this machine, or "
+         "this build of torch, has no CUDA; use --device cpu")):
         if wrong:
             fail(message)
 
@@ -628,8 +614,11 @@ def resolve(flags):
     if method == "gum" and distill:
         usual["lambda_gum"] = 100.0
     if dataset == "samsum":
-        usual |= dict(epochs=3.0) | (dict(mask_lr=1e-3) if (method, model) == ("gum", "gpt2") else {})
-    usual["epochs" if "steps" in given or usual["steps"] and "epochs" not in given else "steps"] = None
+        usual["epochs"] = 3.0
+        if (method, model) == ("gum", "gpt2"):
+            usual["mask_lr"] = 1e-3
+    by_steps = "steps" in given or "epochs" not in given and usual["steps"] is not None
+    usual["epochs" if by_steps else "steps"] = None
     if method == "none":
         usual |= dict.fromkeys(FLAGS["pruning"]) | dict(leftover=1.0)
     if not distill:
@@ -650,13 +639,13 @@ def resolve(flags):
 
 
 def join_processes(flags):
-    """Make this one of the processes that torchrun has launched, on the GPU that is its own, or CPU."""
+    """Make this one of the processes that torchrun launched, on a GPU of its own, or the CPU."""
     device, local = flags.device or ALL_FLAGS["device"].default, int(os.environ["LOCAL_RANK"])
     if device == "cuda" and local < torch.cuda.device_count():
         torch.cuda.set_device(local)  # what "cuda" means from here on
     elif device != "cpu":
-        raise ValueError(f"--device {device} with torchrun: it is cuda, or cpu, and this machine has "
-                         f"{torch.cuda.device_count()} GPUs, each for one process")
+        raise ValueError(f"--device {device} with torchrun: it is cuda, or cpu, and this machine "
+                         f"has {torch.cuda.device_count()} GPUs, each for one process")
     dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(hours=1))
 
 
@@ -679,8 +668,8 @@ def main():
                  "--block-size")
         lost = "connection|socket|peer|timed out|timeout|nccl"
         if PROCESSES > 1 and re.search(lost, str(error), re.IGNORECASE):
-            fail("another process of this job is gone: go on from the last checkpoint with the same "
-                 "command and --resume")
+            fail("another process of this job is gone: go on from the last checkpoint with the "
+                 "same command and --resume")
         raise
     except KeyboardInterrupt as stopped:
         launcher = ["torchrun", f"--nproc_per_node={PROCESSES}"] if PROCESSES > 1 else ["python"]

@@ -17,10 +17,13 @@ from safetensors.torch import load_file
 import data
 import train
 from model import GPT, GPTConfig
+from prune import METHODS
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
-METHODS = ("none", "magnitude", "random", "topv", "soft", "gum")
+PRUNING = [method for method in METHODS if method != "none"]
+SMALL = ("--model small --steps 12 --batch-size 2 --block-size 32 --lr 0.01 --log-every 2 "
+         "--checkpoint-every 4 --device cpu").split()
 
 
 @cache
@@ -34,18 +37,25 @@ def load_once(*args, real=data.load):
 
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    """Every test runs where nothing else is, next to a byte-level GPT-2 (`small`), and reads each data set once."""
+    """Every test runs where nothing else is, next to a byte-level GPT-2 (`small`), and reads each
+    data set once."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "load", load_once)
     torch.manual_seed(1)
-    GPT(GPTConfig(vocab_size=257, n_positions=128, n_embd=16, n_layer=2, n_head=2)).save_pretrained("small")
+    GPT(GPTConfig(vocab_size=257, n_positions=128, n_embd=16, n_layer=2, n_head=2)
+        ).save_pretrained("small")
 
 
 def run(*flags, model="small", steps=12):
     """A run on the small model; returns its metrics."""
-    common = ["--model", model, "--steps", steps, "--batch-size", 2, "--block-size", 32, "--lr", 1e-2, "--log-every", 2,
-              "--checkpoint-every", 4, "--device", "cpu"]
-    return train.run(train.parse([str(word) for word in [*common, *flags]]))
+    words = [*SMALL, "--model", model, "--steps", steps, *flags]  # of a flag given twice, the last
+    return train.run(train.parse([str(word) for word in words]))
+
+
+def in_double(monkeypatch):
+    """Have runs train in float64, where other orders of adding up choose the same neurons."""
+    real = train.load_model
+    monkeypatch.setattr(train, "load_model", lambda *args: real(*args).double())
 
 
 def weights(folder):
@@ -72,8 +82,8 @@ def log_of(folder):
 def assert_same_run(a, b):
     assert_same_weights(a, b)
     assert log_of(a) == log_of(b)
-    metrics = [without_times(json.loads((Path(folder) / "metrics.json").read_text())) for folder in (a, b)]
-    assert metrics[0] == metrics[1]
+    first, second = (json.loads((Path(folder) / "metrics.json").read_text()) for folder in (a, b))
+    assert without_times(first) == without_times(second)
 
 
 # What a run leaves.
@@ -82,11 +92,12 @@ def assert_same_run(a, b):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_finished_run_has_exactly_its_four_files(method):
     run("--method", method, "--out", "run")
-    assert sorted(os.listdir("run")) == ["config.json", "log.jsonl", "metrics.json", "model.safetensors"]
+    assert sorted(os.listdir("run")) == ["config.json", "log.jsonl", "metrics.json",
+                                         "model.safetensors"]
 
 
-@pytest.mark.parametrize("method,leftover,kept", [("topv", 0.25, [16, 16]), ("magnitude", 0.1, [6, 6]),
-                                                  ("random", 0.5, [32, 32])])
+@pytest.mark.parametrize("method,leftover,kept", [
+    ("topv", 0.25, [16, 16]), ("magnitude", 0.1, [6, 6]), ("random", 0.5, [32, 32])])
 def test_the_saved_model_has_the_wanted_number_of_neurons(method, leftover, kept):
     metrics = run("--method", method, "--leftover", leftover, "--out", "run")
     model = GPT.from_pretrained("run")
@@ -96,26 +107,29 @@ def test_the_saved_model_has_the_wanted_number_of_neurons(method, leftover, kept
 
 
 def test_global_top_v_keeps_an_exact_share_of_the_whole_network():
-    assert sum(run("--method", "gum", "--leftover", 0.3, "--out", "run")["result"]["widths"]) == round(0.3 * 128)
+    metrics = run("--method", "gum", "--leftover", 0.3, "--out", "run")
+    assert sum(metrics["result"]["widths"]) == round(0.3 * 128)
 
 
 def test_the_saved_model_is_the_one_that_was_evaluated():
     metrics = run("--out", "run")
-    model, blocks = GPT.from_pretrained("run"), load_once("stdlib", "validation", 257, 32, None, None)
+    blocks = load_once("stdlib", "validation", 257, 32, None, None)
     idx, targets, _ = blocks.batch(range(len(blocks)))
     with torch.no_grad():
-        assert model(idx, targets)[1].item() == pytest.approx(metrics["result"]["val_loss"], rel=1e-5)
-    assert metrics["result"]["val_perplexity"] == pytest.approx(math.exp(metrics["result"]["val_loss"]))
-    assert metrics["result"]["parameters"] == sum(tensor.numel() for tensor in weights("run").values())
+        loss = GPT.from_pretrained("run")(idx, targets)[1].item()
+    result = metrics["result"]
+    assert loss == pytest.approx(result["val_loss"], rel=1e-5)
+    assert result["val_perplexity"] == pytest.approx(math.exp(result["val_loss"]))
+    assert result["parameters"] == sum(tensor.numel() for tensor in weights("run").values())
 
 
 def test_the_log_has_a_line_every_interval_and_follows_the_schedule():
     run("--method", "topv", "--leftover", 0.25, "--out", "run", steps=20)
     log = log_of("run")
     assert [record["step"] for record in log] == list(range(2, 21, 2))
-    assert log[0]["v"] == log[0]["leftover"] == 1.0  # two of twenty steps are warm-up
-    assert log[-1]["v"] == log[-1]["leftover"] == 0.25
-    assert all(a["v"] >= b["v"] for a, b in zip(log, log[1:]))
+    assert log[0]["v_t"] == log[0]["leftover"] == 1.0  # two of twenty steps are warm-up
+    assert log[-1]["v_t"] == log[-1]["leftover"] == 0.25
+    assert all(a["v_t"] >= b["v_t"] for a, b in zip(log, log[1:]))
     assert log[0]["lr"] == 1e-2 and log[-1]["lr"] == 0.0
     assert [record["step"] for record in log if "val_loss" in record] == [4, 8, 12, 16]
 
@@ -134,7 +148,8 @@ def test_training_lowers_the_loss():
 def test_the_name_of_the_folder_tells_the_settings(tmp_path):
     run("--method", "topv", "--leftover", 0.25, "--scope", "global", "--seed", 3)
     (folder,) = (tmp_path / "out").iterdir()
-    assert folder.name == "topv-stdlib-small-0.25-scope=global-block-size=32-steps=12-batch-size=2-lr=0.01-seed3"
+    assert folder.name == ("topv-stdlib-small-0.25-block-size=32-steps=12-batch-size=2-lr=0.01-"
+                           "scope=global-seed3")
 
 
 # The ways through: tiny, pruned starts, accumulation, ablations.
@@ -151,23 +166,25 @@ def test_tiny_is_first_trained_dense_and_that_run_is_reused():
 
 
 def test_a_finished_run_can_be_pruned_further():
-    run("--method", "topv", "--leftover", 0.5, "--out", "half")
-    assert run("--method", "gum", "--leftover", 0.5, "--out", "quarter", model="half")["result"]["parameters"] < \
-        sum(tensor.numel() for tensor in weights("half").values())
-    assert sum(GPT.from_pretrained("quarter").config.mlp_widths) == 32
+    half = run("--method", "topv", "--leftover", 0.5, "--out", "half")["result"]
+    quarter = run("--method", "gum", "--leftover", 0.5, "--out", "quarter", model="half")["result"]
+    assert quarter["parameters"] < half["parameters"] and sum(quarter["widths"]) == 32
+    assert list(GPT.from_pretrained("quarter").config.mlp_widths) == quarter["widths"]
 
 
-def test_accumulation_changes_nothing_but_rounding():
-    run("--method", "topv", "--batch-size", 4, "--out", "whole")
-    run("--method", "topv", "--batch-size", 4, "--accumulate", 4, "--out", "parts")
-    a, b = weights("whole"), weights("parts")
-    assert max((a[name] - b[name]).abs().max() for name in a) < 1e-4
+@pytest.mark.parametrize("method", ["none", "gum"])
+def test_accumulation_changes_nothing_but_rounding(method, monkeypatch):
+    in_double(monkeypatch)
+    run("--method", method, "--batch-size", 4, "--out", "whole")
+    run("--method", method, "--batch-size", 4, "--accumulate", 4, "--out", "parts")
+    for name, tensor in weights("whole").items():
+        torch.testing.assert_close(weights("parts")[name], tensor, rtol=0, atol=1e-9)
 
 
 def test_epochs_set_the_steps():
     blocks = len(load_once("toysql", "train", 257, 128, None, None))
-    flags = train.parse(["--model", "small", "--dataset", "toysql", "--block-size", "128", "--epochs", str(40 / blocks),
-                         "--out", "by-epochs"])
+    words = ["--dataset", "toysql", "--block-size", 128, "--epochs", 40 / blocks, "--out", "run"]
+    flags = train.parse([str(word) for word in ["--model", "small", "--device", "cpu", *words]])
     assert train.run(flags)["steps"] == 5
 
 
@@ -178,7 +195,7 @@ def test_the_ablations_run(flags):
     assert sum(run(*flags, "--leftover", 0.5, "--out", "run")["result"]["widths"]) == 64
 
 
-@pytest.mark.parametrize("method", METHODS[1:])
+@pytest.mark.parametrize("method", PRUNING)
 def test_at_leftover_1_every_method_trains_what_plain_fine_tuning_trains(method):
     run("--method", "none", "--out", "dense")
     run("--method", method, "--leftover", 1.0, "--out", "pruned")
@@ -187,9 +204,9 @@ def test_at_leftover_1_every_method_trains_what_plain_fine_tuning_trains(method)
         torch.testing.assert_close(pruned[name], dense[name], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS[1:])
+@pytest.mark.parametrize("method", PRUNING)
 def test_layers_that_lose_every_neuron_still_train_save_load_and_export(method):
-    tau = ["--tau", 0.9999, "--mask-lr", 0.1] if method == "soft" else []  # so that its threshold leaves nothing
+    tau = ["--tau", 0.9999, "--mask-lr", 0.1] if method == "soft" else []  # it leaves nothing, then
     metrics = run("--method", method, "--leftover", 0.004, *tau, "--out", "run")
     assert 0 in metrics["result"]["widths"]
     model = GPT.from_pretrained("run")
@@ -209,12 +226,13 @@ def test_distillation_lowers_kl_to_the_teacher():
 
     def kl(folder):
         with torch.no_grad():
-            p, q = teacher(idx)[0].log_softmax(-1), GPT.from_pretrained(folder)(idx)[0].log_softmax(-1)
+            p, q = (model(idx)[0].log_softmax(-1) for model in (teacher, GPT.from_pretrained(folder)))
         return (p.exp() * (p - q)).sum(-1).mean().item()
 
     common = ["--method", "topv", "--leftover", 0.1, "--seed", 5]
     run(*common, "--out", "plain", model="out/teacher", steps=60)
-    run(*common, "--distill", "--teacher", "out/teacher", "--out", "distilled", model="out/teacher", steps=60)
+    run(*common, "--distill", "--teacher", "out/teacher", "--out", "distilled", model="out/teacher",
+        steps=60)
     assert kl("distilled") < 0.8 * kl("plain")
 
 
@@ -228,9 +246,11 @@ def test_a_teacher_is_found_by_data_model_and_seed(capsys):
 @pytest.mark.parametrize("method", ["topv", "gum"])
 def test_distillation_without_weight_is_no_distillation_bit_for_bit(method):
     run("--method", "none", "--out", "teacher")
-    same = ["--method", method, *(["--lambda-gum", 10] if method == "gum" else [])]  # which distilling would change
+    same = ["--method", method]
+    same += ["--lambda-gum", 10] if method == "gum" else []  # which distilling would change
     run(*same, "--out", "plain")
-    run(*same, "--distill", "--teacher", "teacher", "--alpha-ce", 1, "--alpha-kd", 0, "--out", "distilled")
+    run(*same, "--distill", "--teacher", "teacher", "--alpha-ce", 1, "--alpha-kd", 0,
+        "--out", "distilled")
     assert_same_weights("plain", "distilled")
 
 
@@ -267,8 +287,9 @@ DEATHS = {"while a checkpoint is written": ((torch, "save"), 2, False),
           "after training": ((train, "compare"), 1, False)}
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("death", DEATHS)
+@pytest.mark.parametrize("method, death", [
+    *(("gum", death) for death in DEATHS),
+    *((method, "in the middle of a step") for method in METHODS if method != "gum")])
 def test_a_killed_run_resumes_bit_for_bit(method, death, monkeypatch):
     run("--method", method, "--out", "whole")
     with monkeypatch.context() as patched:
@@ -297,41 +318,54 @@ def test_a_killed_distilled_tiny_run_resumes_even_if_killed_in_its_dense_run(mon
         assert_same_run(path, path.name + "-whole")
 
 
-def start(*flags, steps=2000):
-    """The program itself, in a process of its own, on one thread."""
-    words = [sys.executable, ROOT / "train.py", "--model", "small", "--steps", steps, "--batch-size", 2,
-             "--block-size", 32, "--log-every", 2, "--checkpoint-every", 10, "--device", "cpu", *flags]
-    return subprocess.Popen([str(word) for word in words], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+HANGS = """import sys, time, train
+real, sys.argv = train.fine_prune, ["train.py", *sys.argv[2:]]
+def fine_prune(model, pruner, optimizer, micro_batches, step, *more):
+    if step == 27:
+        open("hangs", "w").close()
+        time.sleep(600)
+    return real(model, pruner, optimizer, micro_batches, step, *more)
+train.fine_prune = fine_prune
+train.main()"""
 
 
-def wait_for(path):
-    deadline = time.monotonic() + 60
+def start(*flags, steps=100_000, hangs=False):
+    """The program itself, in a process of its own, on one thread; `hangs`: in its 27th step."""
+    program = ["-c", HANGS, "train.py"] if hangs else [str(ROOT / "train.py")]
+    words = [*SMALL, "--dataset", "toysql", "--block-size", "64", "--checkpoint-every", "10",
+             "--steps", str(steps), *flags]
+    threads = dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    return subprocess.Popen([sys.executable, *program, *words], text=True, env=os.environ | threads,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait_for(path, process):
     while not Path(path).exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
 
 
 def test_kill_9_and_resume_end_with_the_same_bits():
     assert start("--out", "whole", steps=60).wait() == 0
-    process = start("--out", "killed", steps=60)
-    wait_for("killed/checkpoint.pt")
+    process = start("--out", "killed", steps=60, hangs=True)
+    wait_for("hangs", process)
     process.kill()
     process.wait()
-    assert not Path("killed/metrics.json").exists()
+    assert torch.load("killed/checkpoint.pt", weights_only=True)["progress"]["step"] == 20
     assert start("--out", "killed", "--resume", steps=60).wait() == 0
     assert_same_run("whole", "killed")
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on():
     process = start("--method", "topv", "--out", "run")
-    wait_for("run/checkpoint.pt")
+    wait_for("run/checkpoint.pt", process)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate()
     assert process.returncode == 130
-    step = torch.load("run/checkpoint.pt", weights_only=True)["step"]
+    step = torch.load("run/checkpoint.pt", weights_only=True)["progress"]["step"]
     line = stderr.splitlines()[-1]
-    assert f"after step {step} of 2000" in line and line.endswith("--out run --resume") and "--method topv" in line
+    assert f"after step {step} of 100000" in line and "--method topv" in line
+    assert line.endswith("--out run --resume")
 
 
 def test_resuming_a_finished_run_only_shows_it():
@@ -341,18 +375,17 @@ def test_resuming_a_finished_run_only_shows_it():
     assert all(torch.equal(weights("run")[name], before[name]) for name in before)
 
 
-def test_a_number_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(capsys, monkeypatch):
-    real, calls = train.GPT.forward, []
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(
+        capsys, monkeypatch):
+    real = train.fine_prune
 
-    def forward(self, *args, **kwargs):
-        logits, loss = real(self, *args, **kwargs)
-        calls.extend([None] if torch.is_grad_enabled() else [])
-        return logits, loss * math.nan if torch.is_grad_enabled() and len(calls) > 9 else loss
+    def fine_prune(model, pruner, optimizer, micro_batches, step, *more):
+        widths, loss, norm = real(model, pruner, optimizer, micro_batches, step, *more)
+        return widths, loss * (math.nan if step > 9 else 1), norm
 
-    monkeypatch.setattr(train.GPT, "forward", forward)
-    flags = ["--model", "small", "--steps", "20", "--block-size", "32", "--checkpoint-every", "4", "--out", "run"]
-    assert_fails(capsys, flags, "no longer a finite number", "step 8 is kept", "--lr")
-    assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 8
+    monkeypatch.setattr(train, "fine_prune", fine_prune)
+    assert_fails(capsys, [*SMALL, "--out", "run"], "no longer a finite number", "step 8 is kept", "--lr")
+    assert torch.load("run/checkpoint.pt", weights_only=True)["progress"]["step"] == 8
 
 
 # What makes it faster, or smaller.
@@ -367,7 +400,7 @@ def test_gradient_checkpointing_trains_the_same(flags):
 
 
 def test_compiled_blocks_train_the_same(monkeypatch):
-    # Traced, and run as traced: without the minutes that making kernels takes.
+    # Traced, and run as traced: without the minutes that it takes to make kernels.
     compiled, real = [], torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile",
                         lambda self, **how: compiled.append(self) or real(self, backend="eager", **how))
@@ -382,7 +415,7 @@ def test_compiled_blocks_train_the_same(monkeypatch):
 def test_the_similarity_can_see_fewer_tokens_and_resumes_to_the_same_bits(monkeypatch):
     run("--method", "gum", "--out", "all")
     run("--method", "gum", "--out", "few", "--sim-tokens", 8)
-    assert not weights("all")["transformer.wte.weight"].equal(weights("few")["transformer.wte.weight"])
+    assert any(not tensor.equal(weights("few")[name]) for name, tensor in weights("all").items())
     with monkeypatch.context() as patched:
         die_at(patched, (torch.optim.AdamW, "step"), 7)
         with pytest.raises(Killed):
@@ -398,7 +431,7 @@ def assert_fails(capsys, flags, *says):
     """The program ends with status 2 and one line that says all of `says`."""
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patched, pytest.raises(SystemExit) as stopped:
-        patched.setattr(sys, "argv", ["train.py", *(str(flag) for flag in flags)])
+        patched.setattr(sys, "argv", ["train.py", *map(str, flags)])
         train.main()
     assert stopped.value.code == 2
     line = capsys.readouterr().err.split("\r")[-1].strip().splitlines()[-1]
@@ -435,8 +468,8 @@ def assert_fails(capsys, flags, *says):
     (["--resume"], ["nothing to resume", "without --resume"]),
     (["--method", "topv", "--sim-tokens", "8"], ["--sim-tokens", "gum"]),
     (["--sim-tokens", "0"], ["--sim-tokens", "above 0"]),
-    (["--model", "small", "--distill"],
-     ["--teacher", "python train.py --method none --dataset stdlib --model small --seed 0"]),
+    (["--model", "small", "--distill", "--lr", "0.1"],
+     ["--teacher", "python train.py --method none --model small --lr 0.1"]),
     (["--model", "small", "--distill", "--teacher", "nowhere"], ["nowhere"]),
     (["--dataset", "wikitext", "--data-path", "nowhere"], ["nowhere"]),
 ])
@@ -461,7 +494,8 @@ def test_a_truncated_weights_file(capsys):
 
 
 def test_a_teacher_with_another_vocabulary(capsys):
-    GPT(GPTConfig(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=2)).save_pretrained("other")
+    config = GPTConfig(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    GPT(config).save_pretrained("other")
     assert_fails(capsys, ["--model", "small", "--distill", "--teacher", "other"], "300", "257")
     assert not Path("out").exists()
 
@@ -483,24 +517,23 @@ def test_an_interrupted_run_is_not_overwritten(capsys, monkeypatch):
         die_at(patched, (train, "compare"), 1)
         with pytest.raises(Killed):
             run("--out", "run")
-    assert_fails(capsys, ["--model", "small", "--out", "run"], "interrupted", "--resume")
-    assert_fails(capsys, ["--model", "small", "--out", "run", "--resume"], "other settings", "steps is 12 there")
+    assert_fails(capsys, [*SMALL, "--out", "run"], "interrupted", "--resume")
+    other = [*SMALL, "--steps", 13, "--out", "run", "--resume"]
+    assert_fails(capsys, other, "other settings", "steps is 12 there")
     Path("run/checkpoint.pt").write_bytes(b"half")
-    common = ["--model", "small", "--steps", 12, "--batch-size", 2, "--block-size", 32, "--lr", 1e-2, "--log-every", 2]
-    assert_fails(capsys, [*common, "--device", "cpu", "--out", "run", "--resume"], "checkpoint.pt is damaged")
+    assert_fails(capsys, [*SMALL, "--out", "run", "--resume"], "checkpoint.pt is damaged")
 
 
 @pytest.mark.parametrize("file,content", [
-    ("metrics.json", "[]"), ("metrics.json", "{}"), ("metrics.json", '{"settings": '), ("settings.json", "[3]"),
-    ("log.jsonl", '{"loss": 1}\n'), ("log.jsonl", "{a}\n")])
+    ("metrics.json", "[3]"), ("metrics.json", '{"a": 1}'), ("metrics.json", '{"settings": '),
+    ("settings.json", "[3]"), ("log.jsonl", '{"loss": 1}\n'), ("log.jsonl", "{a}\n")])
 def test_a_damaged_file_in_a_runs_folder_is_named(file, content, capsys, monkeypatch):
     with monkeypatch.context() as patched:
         die_at(patched, (train, "compare"), 1)
         with pytest.raises(Killed):
             run("--out", "run")
     Path("run", file).write_text(content)
-    common = ["--model", "small", "--steps", 12, "--batch-size", 2, "--block-size", 32, "--lr", 1e-2, "--log-every", 2]
-    assert_fails(capsys, [*common, "--device", "cpu", "--out", "run", "--resume"], file, "damaged", "remove run")
+    assert_fails(capsys, [*SMALL, "--out", "run", "--resume"], file, "damaged", "remove run")
 
 
 def test_a_damaged_run_beside_it_is_no_concern_of_a_run():
@@ -511,16 +544,16 @@ def test_a_damaged_run_beside_it_is_no_concern_of_a_run():
 
 def test_two_processes_never_make_the_same_run_at_once(capsys):
     process = start("--out", "run")
-    wait_for("run/checkpoint.pt")
-    assert_fails(capsys, ["--model", "small", "--steps", 2000, "--batch-size", 2, "--block-size", 32, "--log-every", 2,
-                          "--device", "cpu", "--out", "run", "--resume"], "another process", "run")
+    wait_for("run/checkpoint.pt", process)
+    flags = [*SMALL, "--dataset", "toysql", "--steps", 100_000, "--out", "run", "--resume"]
+    assert_fails(capsys, flags, "another process", "run")
     process.kill()
     process.communicate()
 
 
 def test_running_out_of_memory_gets_one_line(capsys, monkeypatch):
     def out_of_memory(*args, **kwargs):
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you ...")
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
 
     monkeypatch.setattr(train, "train", out_of_memory)
     assert_fails(capsys, ["--model", "small"], "out of memory", "--accumulate")
@@ -549,8 +582,9 @@ def test_wikitext_with_the_real_vocabulary(kind, flags, monkeypatch, tmp_path):
     if not (hub.is_dir() and vocabulary.is_dir()):
         pytest.skip("no local copy of WikiText and of the GPT-2 vocabulary in ../shared")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(vocabulary))
-    config = GPTConfig(n_positions=64, n_embd=16, n_layer=2, n_head=2, model_type=kind, qkv_bias=kind == "gpt2",
-                       attn_scaled=kind == "gpt2", windows=() if kind == "gpt2" else (None, 16))
+    config = GPTConfig(n_positions=64, n_embd=16, n_layer=2, n_head=2, model_type=kind,
+                       qkv_bias=kind == "gpt2", attn_scaled=kind == "gpt2",
+                       windows=() if kind == "gpt2" else (None, 16))
     GPT(config).save_pretrained("start")
     text = ["--dataset", "wikitext", "--data-path", hub, "--data-config", "wikitext-2-v1"]
     if flags:
