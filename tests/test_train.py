@@ -332,7 +332,7 @@ train.main()"""
 def start(*flags, steps=100_000, hangs=False):
     """The program itself, in a process of its own, on one thread; `hangs`: in its 27th step."""
     program = ["-c", HANGS, "train.py"] if hangs else [str(ROOT / "train.py")]
-    words = [*SMALL, "--dataset", "toysql", "--block-size", "64", "--checkpoint-every", "10",
+    words = [*SMALL, "--dataset", "toysql", "--block-size", "128", "--checkpoint-every", "10",
              "--steps", str(steps), *flags]
     threads = dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
     return subprocess.Popen([sys.executable, *program, *words], text=True, env=os.environ | threads,
