@@ -170,15 +170,13 @@ class Pruner(nn.Module):
                                   for m in self.widths if learned and self.lambda_gum > 0)
         self.register_buffer("measured", like.new_zeros(N))
         self.sums = like.new_zeros(N + 1)  # over this step's tokens, and their number
+        self.fading = set()  # the layers whose C has not taken in anything of this step yet
 
     @torch.no_grad()
     def select(self, step):
-        """Begin `step`: choose its kept neurons, have the MLPs skip the others, and let C fade.
-
-        Returns how many neurons each layer keeps.
-        """
-        for C in self.C:  # Algorithm 1: C <- (1 - lambda_sim) C + ...
-            C.mul_(1 - self.lambda_sim)
+        """Begin `step`: choose its neurons, have the MLPs skip the others. Returns how many each
+        layer keeps."""
+        self.fading = set(range(len(self.C)))
         if self.method.score is not None:
             measured = self.measured.split(self.widths)
             self.scores.copy_(torch.cat(list(map(self.method.score, self.mlps, measured))))
@@ -215,19 +213,6 @@ class Pruner(nn.Module):
             for mlp in self.mlps:
                 mlp.record = None
 
-    @torch.compiler.disable
-    @torch.no_grad()
-    def record(self, layer, tokens, h):
-        """Add one layer's h [B, T, k]. A pruned neuron's h = 0 would add nothing."""
-        h = h.flatten(0, 1)  # [B T, k]
-        h = h if tokens is None else h.index_select(0, tokens)  # [tokens, k]
-        if self.C:
-            self.C[layer][self.kept(layer, 2)] += self.lambda_sim * (h.T @ h)  # Algorithm 1
-        if self.method.measure is not None:
-            sums = self.sums[:-1].split(self.widths)[layer]  # [m]
-            sums[self.kept(layer)] += self.method.measure(h.to(sums.dtype)).sum(0)
-            self.sums[-1] += len(h) * (layer == 0)
-
     def kept(self, layer, dimensions=1):
         """What picks the kept neurons from a tensor [m], or from one [m, m]."""
         keep = self.mlps[layer].keep
@@ -235,31 +220,51 @@ class Pruner(nn.Module):
             return ...
         return keep if dimensions == 1 else (keep[:, None], keep)
 
+    @torch.compiler.disable
+    @torch.no_grad()
+    def record(self, layer, tokens, h):
+        """Add one layer's h [B, T, k]; a pruned neuron's h = 0 would add nothing."""
+        h = h.flatten(0, 1)  # [B T, k]
+        h = h if tokens is None else h.index_select(0, tokens)  # [tokens, k]
+        if self.C:  # Algorithm 1: C <- (1 - lambda_sim) C + lambda_sim h^T h
+            C = self.C[layer]
+            if layer in self.fading:  # once a step, from however many micro-batches h comes
+                C *= 1 - self.lambda_sim
+                self.fading.remove(layer)
+            C[self.kept(layer, 2)] += self.lambda_sim * (h.T @ h)
+        if self.method.measure is not None:
+            sums = self.sums[:-1].split(self.widths)[layer]  # [m]
+            sums[self.kept(layer)] += self.method.measure(h.to(sums.dtype)).sum(0)
+            self.sums[-1] += len(h) * (layer == 0)
+
+    def uniqueness(self):
+        """U_j = 1/N_left sum over i != j of |sim(h_j, h_i)| (section 4), 0 for a pruned j. [N]"""
+        U = torch.zeros_like(self.scores)
+        for layer, (C, of_layer) in enumerate(zip(self.C, U.split(self.widths))):
+            sim = similarity(C[self.kept(layer, 2)])  # [k, k]
+            of_layer[self.kept(layer)] = sim.sum(1) / max(len(sim), 1)
+        if self.C and dist.is_initialized():  # each process has a C of its own: their mean U counts
+            dist.all_reduce(U)
+            U /= dist.get_world_size()
+        return U
+
     @torch.no_grad()
     def update(self, step):
-        """End `step`, before the optimizer's: the scores get their gradient."""
-        many = dist.is_initialized()
+        """End `step`, before the optimizer's: the scores get their gradient (eq. 1 and 4)."""
         if self.method.measure is not None:
-            if many:
+            if dist.is_initialized():
                 dist.all_reduce(self.sums)
             self.measured.lerp_(self.sums[:-1] / self.sums[-1], self.lambda_sim)
             self.sums.zero_()
         if not self.method.learned:
             return
-        U = torch.zeros_like(self.scores)  # [N]
-        for layer, (C, of_layer) in enumerate(zip(self.C, U.split(self.widths))):
-            sim = similarity(C[self.kept(layer, 2)])  # [k, k]
-            # U_j = 1/N_left sum over i != j of |sim(h_j, h_i)|
-            of_layer[self.kept(layer)] = sim.sum(1) / max(len(sim), 1)
-        if self.C and many:  # each process has its own C: the gradient's mean is that of the mean U
-            dist.all_reduce(U)
-            U /= dist.get_world_size()
         if self.method.threshold:
             lambda_t = self.lambda_mvp * (1 - cubic(step, self.steps))  # tau_t / tau
         else:
             lambda_t = self.lambda_mvp * v_at(step, self.steps, self.leftover) / self.leftover
+        U = self.uniqueness()
         self.scores.grad = torch.cat([movement(mlp) for mlp in self.mlps])
-        with torch.enable_grad():  # adds the regulariser's; U carries none
+        with torch.enable_grad():  # adds to it; U carries no gradient
             regulariser(self.scores, U, lambda_t, self.lambda_gum).backward()
 
 

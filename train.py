@@ -84,13 +84,13 @@ def fine_prune(model, pruner, optimizer, micro_batches, step, args, teacher=None
             loss = HeadLoss.apply(x, head, micro.targets, taught, args) / micro.divisor
         loss.backward()
         total += loss.detach()
+    if PROCESSES > 1:
+        dist.all_reduce(total)
+        total /= PROCESSES
     pruner.update(step)  # the scores' gradient
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # the weights' alone, not the scores'
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    if PROCESSES > 1:
-        dist.all_reduce(total)
-        total /= PROCESSES
     return widths, total, norm
 
 
@@ -153,7 +153,8 @@ def train(args, steps, model, teacher, train_data, val_data, checkpoint, stop):
                                   leftover=sum(widths) / max(sum(pruner.widths), 1),
                                   lr=optimizer.param_groups[0]["lr"])
                     if evaluates and PROCESS == 0:
-                        record["val_loss"] = measure.mean_loss(model, val_data, autocast_of(args), 16)
+                        record["val_loss"] = measure.mean_loss(model, val_data,
+                                                               autocast_of(args), most=16)
                         model.train()
                     log(folder, progress, record, bar)
                 if saves:
@@ -380,13 +381,13 @@ def run(flags, implied=False):
             teacher = (teacher or load_model(dense, args)).requires_grad_(False).eval()
 
         stop = []  # filled by Ctrl-C and SIGTERM
-        handlers = {n: signal.signal(n, lambda *_: stop.append(True))
-                    for n in (signal.SIGINT, signal.SIGTERM)}
+        signals = signal.SIGINT, signal.SIGTERM
+        handlers = [signal.signal(one, lambda *_: stop.append(True)) for one in signals]
         try:
             done = train(args, steps, model, teacher, train_data, val_data, checkpoint, stop)
         finally:
-            for n, handler in handlers.items():
-                signal.signal(n, handler)
+            for one, handler in zip(signals, handlers):
+                signal.signal(one, handler)
         del teacher
 
         def finish():
@@ -397,9 +398,9 @@ def run(flags, implied=False):
             models = load_model(source, args).eval(), load_model(out, args).eval()
             metrics |= compare(*models, val_data, args)
             metrics["versions"] = dict(python=platform.python_version(), torch=torch.__version__)
-            on_gpu = args.device.startswith("cuda")
-            metrics["machine"] = (torch.cuda.get_device_name(args.device) if on_gpu
-                                  else platform.machine())
+            metrics["machine"] = platform.machine()
+            if args.device != "cpu":
+                metrics["machine"] = torch.cuda.get_device_name(args.device)
             measure.write_whole(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
             for file in ("checkpoint.pt", "settings.json"):
                 (out / file).unlink(missing_ok=True)
@@ -463,10 +464,9 @@ def flag(kind, about, default=None, tiny=None, within=None):
 
 
 ABOVE_0, AT_LEAST_0, SHARE = "above 0 and finite", "at least 0", "in (0, 1]"
-BELOW_1, SEED = "in [0, 1)", "from 0 to 2^31 - 1"
 RANGES = {ABOVE_0: lambda x: 0 < x < math.inf, AT_LEAST_0: lambda x: 0 <= x < math.inf,
-          SHARE: lambda x: 0 < x <= 1, BELOW_1: lambda x: 0 <= x < 1,
-          SEED: lambda x: 0 <= x < 2**31}
+          SHARE: lambda x: 0 < x <= 1, "in [0, 1)": lambda x: 0 <= x < 1,
+          "from 0 to 2^31 - 1": lambda x: 0 <= x < 2**31}
 BLOCK_SIZE = dict(stdlib=64, toysql=256, wikisql=512, e2e=512, wikitext=1024, samsum=1024)  # tokens
 USUAL = defaults_of("topv")
 FLAGS = {
@@ -476,7 +476,8 @@ FLAGS = {
         model=flag(str, "a Hub name (gpt2, EleutherAI/gpt-neo-125m), a folder in Hugging Face's "
                    "format, a finished run's folder, or tiny, a small byte-level GPT-2 that is "
                    "first trained dense", "tiny"),
-        seed=flag(int, "of the initialisation, the data's order and random scores", 0, within=SEED),
+        seed=flag(int, "of the initialisation, the data's order and random scores", 0,
+                  within="from 0 to 2^31 - 1"),
         out=flag(str, "the run's folder (default: out/NAME, named from the settings)"),
         resume=flag(None, "go on with the interrupted run of this very command")),
     "data": dict(
@@ -494,7 +495,7 @@ FLAGS = {
         lr=flag(float, "the weights' peak learning rate", 5e-4, 5e-3, ABOVE_0),
         eps=flag(float, "AdamW's epsilon, for the scores always 1e-4", 1e-4, 1e-8, ABOVE_0),
         weight_decay=flag(float, "of weights, not of biases, norms, scores", 0.1, None, AT_LEAST_0),
-        label_smoothing=flag(float, "always 0 when distilling", 0.0, None, BELOW_1)),
+        label_smoothing=flag(float, "always 0 when distilling", 0.0, None, "in [0, 1)")),
     "pruning": dict(
         leftover=flag(float, "v, the fraction of MLP neurons left at the end", 0.25, None, SHARE),
         scope=flag(("layer", "global"), "keep the best of each layer, or of the network (gum)",
@@ -606,8 +607,8 @@ def resolve(flags):
     """The settings that `flags` (from `parse`) mean: defaults filled in, the run's folder named."""
     given = {name: value for name, value in vars(flags).items() if value is not None}
     usual = {name: False if one.kind is None else one.default for name, one in ALL_FLAGS.items()}
-    method, model, dataset, distill = ((usual | given)[name] for name in
-                                       ("method", "model", "dataset", "distill"))
+    names = "method", "model", "dataset", "distill", "device"
+    method, model, dataset, distill, device = ((usual | given)[name] for name in names)
     if model == "tiny":
         usual |= {name: one.tiny for name, one in ALL_FLAGS.items() if one.tiny is not None}
     usual |= METHODS[method].defaults
@@ -623,29 +624,28 @@ def resolve(flags):
         usual |= dict.fromkeys(FLAGS["pruning"]) | dict(leftover=1.0)
     if not distill:
         usual |= dict.fromkeys(FLAGS["distillation"]) | dict(distill=False)
-    on_gpu = (usual | given)["device"].startswith("cuda")
-    usual["dtype"] = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
+    fast = device != "cpu" and torch.cuda.is_bf16_supported()
+    usual["dtype"] = "bfloat16" if fast else "float32"
     args = SimpleNamespace(**usual | given)
     if args.out is None:
         parts = [method, dataset, Path(model).name]
         parts += [f"{args.leftover:g}"] * (method != "none") + ["distill"] * distill
-        unsaid = ("method dataset model leftover distill seed data_path device dtype compile "
-                  "gradient_checkpointing log_every eval_every checkpoint_every resume").split()
+        unsaid = {"method", "dataset", "model", "leftover", "distill", "seed", "data_path",
+                  "resume", *FLAGS["machine"]}
         parts += [f"{flag_of(name)[2:]}={Path(value).name if name == 'teacher' else value}"
-                  for name, value in given.items()
-                  if name not in unsaid and value != usual[name]]
+                  for name, value in given.items() if name not in unsaid and value != usual[name]]
         args.out = str(Path("out") / "-".join([*parts, f"seed{args.seed}"]))
     return args
 
 
 def join_processes(flags):
     """Make this one of the processes that torchrun launched, on a GPU of its own, or the CPU."""
-    device, local = flags.device or ALL_FLAGS["device"].default, int(os.environ["LOCAL_RANK"])
-    if device == "cuda" and local < torch.cuda.device_count():
-        torch.cuda.set_device(local)  # what "cuda" means from here on
+    device, gpus = flags.device or ALL_FLAGS["device"].default, torch.cuda.device_count()
+    if device == "cuda" and int(os.environ["LOCAL_RANK"]) < gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
     elif device != "cpu":
         raise ValueError(f"--device {device} with torchrun: it is cuda, or cpu, and this machine "
-                         f"has {torch.cuda.device_count()} GPUs, each for one process")
+                         f"has {gpus} GPUs, each for one process")
     dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(hours=1))
 
 
