@@ -99,7 +99,7 @@ def tokenizer(vocab_size):
                           "with tiktoken's files, or read bytes: --model tiny") from error
         encode, decode, eot = gpt2.encode_ordinary, gpt2.decode, gpt2.eot_token
     else:
-        raise ValueError(f"a vocabulary has 257 (bytes) or 50257 tokens (GPT-2's), not {vocab_size}")
+        raise ValueError(f"a vocabulary is 257 (bytes) or 50257 (GPT-2's), not {vocab_size}")
     return SimpleNamespace(encode=encode, eot=eot,
                            decode=lambda ids: decode([int(i) for i in ids if i != eot]))
 
@@ -336,7 +336,7 @@ def read(dataset, split, path, config):
         print(f"reading {source} from the Hub", file=sys.stderr)
     try:
         if dataset == "wikisql" and path and list(Path(path).glob("*.tables.jsonl")):
-            source = Path(path, "train.jsonl" if split == "train" else "dev.jsonl")
+            source = Path(source, "train.jsonl" if split == "train" else "dev.jsonl")
             rows = datasets.Dataset.from_list(wikisql_release(source))
         else:
             # A folder that declares no configuration has one, which the library calls "default".
