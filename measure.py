@@ -252,7 +252,9 @@ def find_dense(folders, settings):
 
 def dense_run(run, folder):
     """The run in `folder`, or if that is None the dense one beside `run`, or None."""
-    return read_model(folder) if folder else find_dense([run.path.parent], run.settings)
+    if folder or not run.metrics:
+        return read_model(folder) if folder else None
+    return find_dense([run.path.parent], run.settings)
 
 
 # The commands. Those that compare runs are in results/compare.py.
@@ -418,5 +420,9 @@ def call(commands, flags, about):
         parser.error(" ".join(str(error).split()))
 
 
-if __name__ == "__main__":
+def main():
     call((evaluate, table, figures, sample), FLAGS, __doc__)
+
+
+if __name__ == "__main__":
+    main()

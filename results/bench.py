@@ -287,5 +287,9 @@ FLAGS = {  # as in measure.py
     "--compile": ("steps", SWITCH), "--gradient-checkpointing": ("steps", SWITCH)}
 
 
-if __name__ == "__main__":
+def main():
     measure.call((steps, generation), FLAGS, __doc__)
+
+
+if __name__ == "__main__":
+    main()
