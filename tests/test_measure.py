@@ -32,14 +32,10 @@ TEXTS = [("a b", "x y z"), ("c", "longer than the others, this one"), ("d e f", 
 
 @cache
 def load_once(*args, real=data.load):
-    """A data set as `data.load` gives it, its validation split cut short."""
+    """A data set as `data.load` gives it, blocks cut short."""
     loaded = real(*args)
     if isinstance(loaded, data.Blocks):
         loaded.tokens = loaded.tokens[:2000]
-    elif args[1] == "validation":
-        for name in ("prompts", "targets", "references"):
-            setattr(loaded, name, getattr(loaded, name)[:40])
-        loaded.first = {prompt: i for prompt, i in loaded.first.items() if i < 40}
     return loaded
 
 
@@ -99,18 +95,14 @@ def brute_force(kind, which):
             Cs[layer] = Cs[layer] + h.T @ h
             for i in range(WIDTHS[layer]):
                 sensitivity += abs(float(h[:, i] @ gradient[0, :, i]))
-        loss, asked = loss + float(own) * count, asked + count
+        loss, asked = loss + own.item() * count, asked + count
         hs.clear()
     return loss / asked, sensitivity / len(examples), Cs
 
 
-def uniqueness_by_hand(Cs):
-    duplicates = 0
-    for C in Cs:
-        for i in range(len(C)):
-            cosines = [abs(C[i, j]) / (C[i, i] * C[j, j]) ** 0.5 for j in range(i + 1, len(C))]
-            duplicates += any(cosine >= 0.8 for cosine in cosines)
-    return 1 - duplicates / sum(map(len, Cs))
+def uniqueness_by_hand(C):
+    cos = [[abs(C[i, j]) / (C[i, i] * C[j, j]) ** 0.5 for j in range(len(C))] for i in range(len(C))]
+    return [not any(cosine >= 0.8 for cosine in row[i + 1 :]) for i, row in enumerate(cos)]
 
 
 def span_by_hand(C, ridge=1e-6):
@@ -136,9 +128,9 @@ def test_loss_and_redundancy_equal_brute_force(kind, rel, which):  # transformer
         assert (C - expected_C).abs().max() <= rel * expected_C.abs().max()
     values, counts = measure.redundancy(Cs)
     assert 0 < values["uniqueness"] < 1
-    assert values["uniqueness"] == pytest.approx(uniqueness_by_hand(Cs))
-    shares = [share for C in Cs for share in span_by_hand(C)]
-    assert values["span_uniqueness"] == pytest.approx(statistics.fmean(shares), rel=1e-7)
+    for name, by_hand in ("uniqueness", uniqueness_by_hand), ("span_uniqueness", span_by_hand):
+        shares = [share for C in Cs for share in by_hand(C)]
+        assert values[name] == pytest.approx(statistics.fmean(shares), rel=1e-7)
     assert [sum(of_layer) for of_layer in counts] == list(WIDTHS)
 
 
@@ -223,9 +215,8 @@ def test_the_counts_are_of_the_largest_similarity():
 
 @pytest.mark.parametrize("dataset", ["toysql", "wikisql"])
 def test_exact_match_by_teacher_forcing_is_greedy_decodings(dataset, monkeypatch):
-    if dataset == "toysql":
-        vocab_size, pairs = 257, data.toysql("validation")[:100]
-    else:
+    vocab_size, pairs = 257, data.toysql("validation")[:100]
+    if dataset == "wikisql":
         folder, vocabulary = SHARED / "hub" / "Salesforce" / "wikisql", SHARED / "tiktoken_cache"
         if not (folder.is_dir() and vocabulary.is_dir()):
             pytest.skip("no local copy of WikiSQL and of the GPT-2 vocabulary in ../shared")
@@ -289,10 +280,10 @@ def test_texts_are_written_once_per_distinct_prompt_and_have_all_its_references(
 # Runs: the command line.
 
 
-def run(*flags, model="small", dataset="stdlib", steps=6):
-    common = ["--model", model, "--dataset", dataset, "--steps", steps, "--batch-size", 2,
-              "--block-size", 64, "--lr", 1e-2, "--log-every", 2, "--device", "cpu"]
-    return train.run(train.parse([str(word) for word in [*common, *flags]]))
+def run(*flags, model="small", dataset="stdlib", block_size=64):
+    words = ["--model", model, "--dataset", dataset, "--block-size", block_size, "--steps", 6,
+             "--batch-size", 2, "--lr", 1e-2, "--log-every", 2, "--device", "cpu", *flags]
+    return train.run(train.parse(list(map(str, words))))
 
 
 def start(kind="gpt2"):
@@ -310,64 +301,48 @@ def evaluate(*words):
 
 
 def measured(folder):
-    def no_constant(name):
-        raise AssertionError(f"{name} in measure.json")
-
-    return json.loads((Path(folder) / "measure.json").read_text(), parse_constant=no_constant)
+    return json.loads((Path(folder) / "measure.json").read_text(), parse_constant=pytest.fail)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", prune.METHODS)
-def test_a_run_of_every_method_is_measured(method, kind):
+def test_runs_of_every_method_are_measured_tabled_and_drawn(kind, capsys):
     start(kind)
-    leftover = [] if method == "none" else ["--leftover", 0.25]
-    metrics = run("--method", method, *leftover, "--out", "out/run")
-    evaluate("out/run")
-    found, model = measured("out/run"), GPT.from_pretrained("out/run")
-    values = found["values"]
-    assert values["perplexity"] == pytest.approx(metrics["result"]["val_perplexity"], rel=1e-5)
-    assert values["leftover"] == metrics["leftover"]
-    assert found["leftover_per_layer"] == metrics["leftover_per_layer"]
-    split = load_once("stdlib", "train", 257, 64, None, None)
-    sensitivity, Cs = measure.activation_statistics(model, split, first=8)
-    assert values["sensitivity"] == pytest.approx(sensitivity)
-    assert values["uniqueness"] == measure.redundancy(Cs)[0]["uniqueness"]
-    widths = list(model.config.mlp_widths)
-    assert found["widths"] == widths == [sum(counts) for counts in found["counts"]]
-    if method == "none":  # it is its own dense run
-        assert set(found["ratios"].values()) == {1.0}
-    else:
-        assert found["dense"] is None and set(found["ratios"].values()) == {None}
-
-
-def test_ratios_are_to_the_dense_run_beside(capsys):
-    start()
-    run("--method", "none", "--seed", 1, "--out", "out/other-seed")
-    run("--method", "none", "--out", "out/other-steps", steps=4)
-    run("--method", "none", "--out", "out/same")
-    run("--method", "none", "--distill", "--teacher", "small", "--out", "out/a-student")
-    run("--method", "gum", "--leftover", 0.25, "--out", "out/gum", model=os.path.abspath("small"))
-    evaluate("out/gum", "out/same")
-    gum, same = measured("out/gum"), measured("out/same")
-    assert gum["dense"] == "same"
-    for name in ("perplexity", "sensitivity", "uniqueness", "span_uniqueness"):
-        assert gum["ratios"][name] == gum["values"][name] / same["values"][name]
-    assert f"{gum['ratios']['sensitivity']:.4g}" in capsys.readouterr().out
-    evaluate("out/gum", "--dense", "out/other-seed")
-    assert measured("out/gum")["dense"] == "other-seed"
-
-
-def test_measuring_twice_gives_the_same_bytes():
-    start()
-    run("--method", "none", "--out", "out/dense")
-    run("--method", "gum", "--leftover", 0.5, "--out", "out/gum")
-    evaluate("out/gum")
+    metrics = {method: run("--method", method, "--out", f"out/{method}", *(
+        [] if method == "none" else ["--leftover", 0.25])) for method in prune.METHODS}
+    folders = [f"out/{method}" for method in prune.METHODS]
+    evaluate(*folders)
+    dense, printed = measured("out/none"), capsys.readouterr().out
+    assert set(dense["ratios"].values()) == {1.0}  # it is its own dense run
+    for method in prune.METHODS:
+        found, model = measured(f"out/{method}"), GPT.from_pretrained(f"out/{method}")
+        values, result = found["values"], metrics[method]["result"]
+        assert values["perplexity"] == pytest.approx(result["val_perplexity"], rel=1e-5)
+        for name in ("leftover", "leftover_per_layer"):
+            assert (values | found)[name] == metrics[method][name]
+        split = load_once("stdlib", "train", 257, 64, None, None)
+        sensitivity, Cs = measure.activation_statistics(model, split, first=8)
+        assert values["sensitivity"] == pytest.approx(sensitivity)
+        assert values["uniqueness"] == measure.redundancy(Cs)[0]["uniqueness"]
+        widths = list(model.config.mlp_widths)
+        assert found["widths"] == widths == [sum(counts) for counts in found["counts"]]
+        assert found["dense"] == "none"
+        for name, ratio in found["ratios"].items():
+            assert ratio == values[name] / dense["values"][name] and f"{ratio:.4g}" in printed
     first = Path("out/gum/measure.json").read_bytes()
     measure.measure.cache_clear()
     evaluate("out/gum")
     assert Path("out/gum/measure.json").read_bytes() == first
     files = ["config.json", "log.jsonl", "measure.json", "metrics.json", "model.safetensors"]
     assert sorted(os.listdir("out/gum")) == files
+    main("table", *folders)
+    assert "| GUM |" in capsys.readouterr().out
+    assert len(drawn_by(folders)) == 5
+    for _ in range(2):
+        main("sample", "out/gum", "--prompt", "def f(x):", "--tokens", 20, "--device", "cpu")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]  # the same each time
+    assert re.match("dense: out/none +[|] pruned: out/gum$", lines[0])
+    assert lines[2].count("def f(x):") == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -416,13 +391,12 @@ def test_e2e_is_measured_by_its_texts_which_read_back_as_e2e_metrics_reads_them(
 def test_dialogues_are_measured_by_rouge():
     chats = [("Ann: Lunch at noon?\nBob: At one.", "Ann and Bob will have lunch at one."),
              ("Eve: Where are my keys?\nTom: On the fridge!", "Eve's keys are on the fridge.")]
-    lines = [json.dumps(dict(id=chat[:3], dialogue=chat, summary=text)) for chat, text in chats]
     os.mkdir("chats")
     for split in ("train", "validation"):
-        Path("chats", f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+        Path("chats", f"{split}.jsonl").write_text("".join(json.dumps(
+            dict(id=chat[:3], dialogue=chat, summary=text)) + "\n" for chat, text in chats))
     start()
-    run("--method", "gum", "--data-path", "chats", "--out", "run", dataset="samsum",
-        *["--block-size", 128])
+    run("--data-path", "chats", "--out", "run", dataset="samsum", block_size=128)
     evaluate("run")
     examples = load_once("samsum", "validation", 257, 128, "chats", None)
     written, references = measure.write_texts(GPT.from_pretrained("run"), examples)
@@ -431,28 +405,46 @@ def test_dialogues_are_measured_by_rouge():
     assert scores.items() <= measured("run")["values"].items()
 
 
-# Tables and figures, of made-up runs.
+# Made-up runs, side by side.
 
 
-def fake(folder, method, leftover, seed, distill=False, value=None, real=None, **settings):
+def fake(folder, method, leftover=0.5, seed=0, distill=False, value=None, real=None, **settings):
     """A finished run's folder with just what tables and figures read."""
     folder = Path(folder)
     folder.mkdir(parents=True)
     settings = dict(dataset="toysql", data_config=None, model="small", method=method,
                     distill=distill, leftover=leftover, seed=seed, lr=0.1) | settings
     widths = [round(20 * leftover)] * 2
-    metrics = dict(settings=settings, start=dict(widths=[20] * 2), leftover=real or leftover,
-                   result=dict(val_perplexity=5.0 + seed), leftover_per_layer=[leftover] * 2)
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    log = [dict(step=step, loss=9 / step, v_t=leftover, leftover=leftover, widths=widths)
-           for step in range(1, 30)]
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    files = {"metrics.json": dict(
+        settings=settings, start=dict(widths=[20, 20]), result=dict(val_perplexity=5.0 + seed),
+        leftover=real or leftover, leftover_per_layer=[leftover] * 2)}
     if value is not None:
         values = dict(exact_match=value, perplexity=3.0, sensitivity=value, uniqueness=0.9,
                       span_uniqueness=None, leftover=leftover)
         counts = [[0] * 5 + [width] + [0] * 4 for width in widths]
-        (folder / "measure.json").write_text(json.dumps(dict(values=values, ratios=values,
-                                                             counts=counts)))
+        files["measure.json"] = dict(values=values, ratios=values, counts=counts)
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    log = [dict(step=step, loss=9 / step, v_t=leftover, leftover=leftover, widths=widths)
+           for step in range(1, 30)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+
+
+def test_the_dense_run_is_of_the_same_data_model_and_seed_and_most_alike():
+    start()
+    fake("out/gum", "gum", model=os.path.abspath("small"))
+    mine = measure.read_run("out/gum").settings
+    assert measure.find_dense(["out", "nowhere"], mine) is None
+    for name, method, settings in (
+            ("other-seed", "none", dict(seed=1)), ("other-data", "none", dict(dataset="stdlib")),
+            ("other-config", "none", dict(data_config="b")), ("other", "none", dict(model="tiny")),
+            ("student", "none", dict(distill=True)), ("pruned", "topv", {})):
+        fake(f"out/{name}", method, **settings)
+    assert measure.find_dense(["out"], mine) is None
+    fake("out/another-lr", "none", lr=0.2)
+    assert measure.find_dense(["out"], mine).path == Path("out/another-lr")
+    fake("out/same", "none")
+    assert measure.find_dense(["out", Path("out")], mine).path == Path("out/same")
 
 
 EXACT = {("gum", 0.25): [0.5, 0.75, 0.7], ("gum", 0.1): [0.25, 0.5], ("topv", 0.25): [0.125]}
@@ -470,20 +462,13 @@ def fakes():
     return sorted(map(str, Path("out").iterdir()))
 
 
-def rows_of(text, form):
-    if form == "csv":
-        return [row for row in csv.reader(text.splitlines()) if row]
-    if form == "markdown":
-        return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
-                if line.startswith("|") and "---" not in line]
-    text = text.replace(r"$\pm$", "±").replace(r"\_", "_").replace(r" \\", "")
-    return [[cell.strip() for cell in line.split("&")] for line in text.splitlines() if "&" in line]
+def table_of(capsys, *words):
+    main("table", *words)
+    return capsys.readouterr().out.replace(r"$\pm$", "±").replace(r"\_", "_")
 
 
-@pytest.mark.parametrize("form", ["markdown", "csv", "latex"])
-def test_a_table_has_means_and_sample_standard_deviations_over_seeds(form, fakes, capsys):
-    main("table", *fakes, "--format", form)
-    header, *rows = rows_of(capsys.readouterr().out, form)
+def test_a_table_has_means_and_sample_standard_deviations_over_seeds(fakes, capsys):
+    header, *rows = csv.reader(table_of(capsys, *fakes, "--format", "csv").splitlines())
     assert header == ["toysql, small: exact match", "1", "0.25", "0.1"]
     table = {row[0]: dict(zip(header[1:], row[1:])) for row in rows}
     assert list(table) == ["Dense", "Top_v", "Soft movement", "GUM", "Top_v, distilled",
@@ -498,38 +483,23 @@ def test_a_table_has_means_and_sample_standard_deviations_over_seeds(form, fakes
                 assert std == [pytest.approx(scale * statistics.stdev(values), rel=0.05)]
     assert table["Top_v"]["0.1"] == "-"
     assert "0.13" in table["Soft movement"]["0.1"]  # it left more than it was asked to
+    for form, between in ("markdown", " | "), ("latex", " & "):
+        text = table_of(capsys, *fakes, "--format", form)
+        assert all(between.join(row) in text for row in (header, *rows))
 
 
 def test_a_table_of_unmeasured_runs_shows_their_perplexity(capsys):
     for seed in range(2):
-        fake(f"run{seed}", "gum", 0.5, seed)
-    main("table", "run0", "run1")
-    text = capsys.readouterr().out
+        fake(f"run{seed}", "gum", seed=seed)
+    text = table_of(capsys, "run0", "run1")
     assert "small: perplexity" in text and "5.5 ± 0.71 (2)" in text
 
 
 def test_ablations_have_rows_of_their_own(capsys):
-    fake("a", "gum", 0.5, 0, lambda_gum=10.0, value=0.5, log_every=10)
-    fake("b", "gum", 0.5, 0, lambda_gum=0.0, value=0.25, log_every=20)
-    main("table", "a", "b", "--format", "csv")
-    rows = rows_of(capsys.readouterr().out, "csv")[1:]
-    assert rows == [["GUM, lambda_gum 10.0", "0.5 (1)"], ["GUM, lambda_gum 0.0", "0.25 (1)"]]
-
-
-def test_figures_are_drawn_and_not_blank(fakes):
-    from matplotlib import image
-
-    main("figures", *fakes, "--out", "drawn")
-    names = {path.stem.removesuffix("-toysql-small") for path in Path("drawn").glob("*.png")}
-    assert names == {"redundancy-ratios", "redundancy-values", "layers", *(
-        f"{kind}-{which}" for kind in ("similarity", "training")
-        for which in ("0.25", "0.1", "0.25-distilled", "0.1-distilled"))}
-    files = {path.name for path in Path("drawn").iterdir()}
-    assert files == {f"{name}-toysql-small.{kind}" for name in names for kind in ("png", "pdf")}
-    for path in Path("drawn").glob("*.png"):
-        pixels = image.imread(path)
-        dark = (pixels[..., :3].min(2) < 0.9).mean()
-        assert pixels.shape[1] == 1800 and 0.01 < dark < 0.5, path
+    fake("a", "gum", lambda_gum=10.0, value=0.5, log_every=10)
+    fake("b", "gum", lambda_gum=0.0, value=0.25, log_every=20)
+    text = table_of(capsys, "a", "b")
+    assert "| GUM, lambda_gum 10.0 | 0.5 (1) |\n| GUM, lambda_gum 0.0 | 0.25 (1) |\n" in text
 
 
 def drawn_by(folders):
@@ -541,79 +511,63 @@ def drawn_by(folders):
     return seen
 
 
-def test_each_method_has_its_own_colour_and_marker_always_the_same(fakes):
-    all_figures = drawn_by(fakes)
-    fewer = drawn_by(folder for folder in fakes if "soft" not in folder)
-    names, looks = {method.name for method in prune.METHODS.values()}, {}
-    for _, styles in (*all_figures.values(), *fewer.values()):
-        for name in names & styles.keys():
-            looks.setdefault(name, set()).add((styles[name]["color"], styles[name]["marker"]))
-    assert looks.keys() == {"Dense", "Top_v", "Soft movement", "GUM"}
-    (colours, markers) = (set(each) for each in zip(*(look for [look] in looks.values())))
-    assert len(colours) == len(markers) == 4
+def test_figures_are_drawn_and_not_blank(fakes):
+    from matplotlib import image
+
+    figures = {name.removesuffix("-toysql-small") for name in drawn_by(fakes)}
+    assert figures == {"redundancy-ratios", "redundancy-values", "layers", *(
+        f"{kind}-{which}" for kind in ("similarity", "training")
+        for which in ("0.25", "0.1", "0.25-distilled", "0.1-distilled"))}
+    few = [folder for folder in fakes if "none" in folder or folder == "out/gum-0.25-0"]
+    main("figures", *few, "--out", "drawn")
+    names = ["layers", "redundancy-ratios", "redundancy-values", "similarity-0.25", "training-0.25"]
+    assert sorted(os.listdir("drawn")) == [f"{name}-toysql-small.{form}" for name in names
+                                           for form in ("pdf", "png")]
+    for path in Path("drawn").glob("*.png"):
+        pixels = image.imread(path)
+        dark = (pixels[..., :3].min(2) < 0.9).mean()
+        assert pixels.shape[1] == 1800 and 0.01 < dark < 0.5, path
 
 
 def test_the_curves_are_those_of_the_runs(fakes):
-    figures = {name.removesuffix("-toysql-small"): panels for name, (panels, _)
-               in drawn_by(fakes).items()}
-    points = {}
-    for (how, _, y_label), lines in figures["redundancy-values"].items():
-        for curve, xs, ys in lines:
-            points.setdefault((how, y_label, curve), []).extend(zip(xs, ys))
-    of_gum = points["without distillation", "sensitivity (nats)", "GUM"]
-    assert sorted(of_gum) == [(0.1, 0.25), (0.1, 0.5), (0.25, 0.5), (0.25, 0.7), (0.25, 0.75)]
-    assert points["with distillation", "sensitivity (nats)", "Dense"] == [(1.0, 0.9)] * 2
-    (layers,) = [lines for (title, *_), lines in figures["layers"].items()
-                 if title == "leftover 0.1, with distillation"]
-    assert [(curve, list(xs), ys) for curve, xs, ys in layers] == [("GUM", [1, 2], [0.1, 0.1])] * 2
+    figures = {name.removesuffix("-toysql-small"): panels
+               for name, (panels, _) in drawn_by(fakes).items()}
+    without, with_teacher = (
+        figures["redundancy-values"][how, "leftover wanted (share of neurons)", "sensitivity (nats)"]
+        for how in ("without distillation", "with distillation"))
+    assert sorted((xs, ys) for curve, xs, ys in without if curve == "GUM") == [
+        ([0.1], [0.25]), ([0.1], [0.5]), ([0.25], [0.5]), ([0.25], [0.7]), ([0.25], [0.75])]
+    assert [(xs, ys) for curve, xs, ys in with_teacher if curve == "Dense"] == [([1.0], [0.9])] * 2
+    left = "share of neurons left"
+    layers = figures["layers"]["leftover 0.1, with distillation", "layer", left]
+    assert [(curve, *xs, *ys) for curve, xs, ys in layers] == [("GUM", 1, 2, 0.1, 0.1)] * 2
     counted = figures["similarity-0.25"]["layer 2", "largest |cos| to another neuron",
                                          "share of neurons"]
     assert {curve for curve, *_ in counted} == {"Dense", "Top_v", "GUM"}
-    assert all(ys == [0, 0, 0, 0, 0, 1, 0, 0, 0, 0] and xs[5] == 0.55 for _, xs, ys in counted)
-    panels = figures["training-0.25"]
-    assert {title for title, *_ in panels} == {"all methods", "all layers", "Top_v", "GUM"}
-    for curve, xs, ys in panels["GUM", "step", "share of neurons left"]:
-        assert curve in ("layer 1", "layer 2") and ys == [5 / 20] * 29 and xs == [*range(1, 30)]
+    assert all(ys == [0] * 5 + [1] + [0] * 4 and xs[5] == 0.55 for _, xs, ys in counted)
+    of_gum = figures["training-0.25"]["GUM", "step", left]
+    assert {curve for curve, *_ in of_gum} == {"layer 1", "layer 2"}
+    assert all(xs == [*range(1, 30)] and ys == [5 / 20] * 29 for _, xs, ys in of_gum)
 
 
-def test_a_new_method_is_in_tables_and_figures_at_once(fakes, monkeypatch, capsys):
+def test_every_method_has_its_own_look_also_a_new_one(fakes, monkeypatch, capsys):
     for n, name in enumerate(("mine", "yours")):
         monkeypatch.setitem(prune.METHODS, name, prune.Method(f"Method {name}", "a new one"))
-        fake(f"out/{name}", name, 0.25, 0, value=0.6 + n / 10)
-    main("table", *fakes, "out/mine", "out/yours", "--format", "csv")
-    assert ["Method mine", "-", "0.6 (1)", "-"] in rows_of(capsys.readouterr().out, "csv")
-    main("figures", *fakes, "out/mine", "out/yours", "--out", "drawn")
-    styles = drawn_by([*fakes, "out/mine", "out/yours"])["training-0.25-toysql-small"][1]
-    looks = [(style["color"], style["marker"]) for name, style in styles.items()
-             if "marker" in style and not name.startswith("layer")]
-    assert len(looks) == len(set(looks)) == 6
-    assert Path("drawn/training-0.25-toysql-small.png").stat().st_size > 0
-
-
-def test_real_runs_are_tabled_and_drawn(capsys):
-    start()
-    folders = []
-    for seed in (0, 1):
-        for flags in (["none"], ["gum", "--leftover", 0.25], ["topv", "--leftover", 0.25]):
-            folders.append(f"out/{flags[0]}{seed}")
-            run("--method", *flags, "--seed", seed, "--out", folders[-1])
-    evaluate(*folders)
-    main("table", *folders)
-    assert "| GUM |" in capsys.readouterr().out
-    main("figures", *folders, "--out", "drawn")
-    assert len(list(Path("drawn").glob("*.png"))) == 5
-
-
-def test_a_sample_stands_beside_the_dense_models_and_is_the_same_each_time(capsys):
-    start()
-    run("--method", "none", "--out", "out/dense")
-    run("--method", "gum", "--leftover", 0.25, "--out", "out/gum")
-    texts = []
-    for _ in range(2):
-        main("sample", "out/gum", "--prompt", "def f(x):", "--tokens", 20, "--device", "cpu")
-        texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1] and texts[0].count("def f(x):") == 2
-    assert re.match("dense: out/dense +[|] pruned: out/gum\n", texts[0])
+        fake(f"out/{name}", name, 0.25, value=0.6 + n / 10)
+    folders = [*fakes, "out/mine", "out/yours"]
+    assert "| Method mine | - | 0.6 (1) | - |" in table_of(capsys, *folders)
+    figures, looks = drawn_by(folders), {}
+    fewer = drawn_by(folder for folder in folders if "soft" not in folder)
+    names = {method.name for method in prune.METHODS.values()}
+    for _, styles in (*figures.values(), *fewer.values()):
+        for name in names & styles.keys():
+            looks.setdefault(name, set()).add((styles[name]["color"], styles[name]["marker"]))
+    assert looks.keys() == names - {"Magnitude", "Random"}
+    colours, markers = (set(each) for each in zip(*(look for [look] in looks.values())))
+    assert len(colours) == len(markers) == 6
+    compare.draw(Path("drawn"), *figures["training-0.25-toysql-small"])
+    assert any(curve == "Method mine" for lines in figures["training-0.25-toysql-small"][0].values()
+               for curve, *_ in lines)
 
 
 # Mistakes.
@@ -646,20 +600,19 @@ def test_a_sample_stands_beside_the_dense_models_and_is_the_same_each_time(capsy
     ("table fake --beams 3", "--beams")])
 def test_a_mistake_gets_one_line_and_status_2(words, says, capsys):
     start()
-    fake("fake", "gum", 0.5, 0)
-    fake("unknown", "mine", 0.5, 0)
-    for name, file, text in (("empty", "a", ""), ("unfinished", "settings.json", '{"method": "gum"}'),
-                             ("damaged", "metrics.json", "{half"), ("cut", "measure.json", "{}")):
-        os.mkdir(name)
-        Path(name, file).write_text(text)
+    fake("fake", "gum")
+    fake("unknown", "mine")
+    for name, content in (("empty/a", ""), ("unfinished/settings", '{"method": "gum"}'),
+                          ("damaged/metrics", "{half"), ("cut/measure", "{}")):
+        os.mkdir(Path(name).parent)
+        Path(f"{name}.json").write_text(content)
     with pytest.raises(SystemExit) as stopped:
         main(*words.split())
     assert stopped.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("measure.py: error: ")
     assert len(lines) <= 1 + lines[0].startswith("reading")
-    for word in says.split():
-        assert word in lines[-1], lines[-1]
+    assert all(word in lines[-1] for word in says.split()), lines[-1]
     assert list(Path().glob("*/measure.json")) == [Path("cut/measure.json")]
 
 
