@@ -401,9 +401,13 @@ def read_tensors(folder):
 
 def download(name):
     """The folder in Hugging Face's cache with the model `name` of the Hub, fetched if need be."""
+    known = "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"
+    parent = os.path.isdir(os.path.dirname(name))  # out/mistyped is no name on the Hub
+    if name not in known and (parent or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)):
+        raise FileNotFoundError(f"no model {name!r}: there is no such folder, and a name on the Hub "
+                                f"is owner/name or one of {', '.join(known)}")
     import huggingface_hub  # comes with `datasets`
 
-    errors = huggingface_hub.errors
     try:
         for weights in ("model*.safetensors*", "pytorch_model*"):
             wanted = ["config.json", weights]
@@ -411,11 +415,11 @@ def download(name):
             if any(folder.glob(weights)):
                 break
         return folder
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise FileNotFoundError(f"{name!r} is no folder, nor a public model of the Hub") from error
+    except huggingface_hub.errors.RepositoryNotFoundError as error:
+        raise FileNotFoundError(f"no model {name!r} on the Hub, or it is private") from error
     except Exception as error:  # whatever went wrong, the way out is the same
-        raise ConnectionError(f"there is no folder {name!r}, and it can't be got from the Hub "
-                              f"({type(error).__name__}): use --model DIR or tiny") from error
+        raise ConnectionError(f"can't get {name!r} from the Hub ({type(error).__name__}): give a "
+                              "folder, --model DIR, or use --model tiny") from error
 
 
 # Generation.

@@ -183,7 +183,7 @@ def batch_indices(step, n, batch_size, seed):
 
 
 def told_by_first(function):
-    """What `function` returns, called by process 0 alone: the others wait, and get the same."""
+    """What `function` returns in process 0: the others wait, and get the same."""
     result = [function() if PROCESS == 0 else None]
     if PROCESSES > 1:
         dist.broadcast_object_list(result)
@@ -199,9 +199,9 @@ def check_finite(progress, args):
             f"step {progress.saved} is kept; try a lower --lr than {args.lr:g}")
 
 
-# A run's folder holds settings.json, from the start, log.jsonl and checkpoint.pt; at its end
-# config.json, model.safetensors and metrics.json, which is written last and so says that the run is
-# finished. Then settings.json and checkpoint.pt go.
+# A run's folder holds settings.json, log.jsonl and checkpoint.pt; at its end config.json,
+# model.safetensors and metrics.json, which is written last and so says that the run is finished.
+# Then settings.json and checkpoint.pt go.
 
 
 def save(folder, progress, parts):
@@ -215,7 +215,7 @@ def save(folder, progress, parts):
 
 
 def cut_log(folder, step):
-    """Drop what was logged after the checkpoint of `step`: it will come again."""
+    """Drop what was logged after `step`, the checkpoint's: it will come again."""
     path = folder / "log.jsonl"
     try:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -226,7 +226,7 @@ def cut_log(folder, step):
 
 
 def log(folder, progress, record, bar):
-    """Append a line to log.jsonl: `record`, and means over the steps since the line before."""
+    """Append `record` to log.jsonl, with means over the steps since the line before."""
     n = progress.since
     record = dict(step=progress.step, loss=progress.loss / n, grad_norm=progress.norm / n,
                   **record, seconds=progress.seconds,
@@ -432,8 +432,8 @@ def report(metrics, folder):
                              ("validation loss (nats)", "val_loss", ".4f"),
                              ("validation perplexity", "val_perplexity", ".3f"),
                              ("tokens/s (prefill)", "prefill_tokens_per_second", ",.0f")):
-        ratio = result[key] / start[key]
-        print(f"{title:24}{start[key]:>14{form}}{result[key]:>14{form}}{ratio:>8.2f}x")
+        a, b = start[key], result[key]
+        print(f"{title:24}{a:>14{form}}{b:>14{form}}{b / a:>8.2f}x")
     wanted, total = metrics["leftover_wanted"], sum(start["widths"])
     print(f"neurons left: {metrics['leftover']:.2%} of {total:,} ({wanted:.2%} wanted)")
     print("neurons per layer:", *start["widths"], "->", *result["widths"])
@@ -483,8 +483,7 @@ FLAGS = {
         steps=Flag(int, "optimizer steps (default: what --epochs make)", tiny=1000, within=ABOVE_0),
         epochs=Flag(float, "passes over the training split (samsum: 3)", 5.0, within=ABOVE_0),
         batch_size=Flag(int, "sequences per optimizer step", 8, 32, ABOVE_0),
-        accumulate=Flag(int, "micro-batches to compute a step in, for less memory", 1, None,
-                        ABOVE_0),
+        accumulate=Flag(int, "micro-batches to cut it into, for less memory", 1, None, ABOVE_0),
         lr=Flag(float, "the weights' peak learning rate", 5e-4, 5e-3, ABOVE_0),
         eps=Flag(float, "AdamW's epsilon, for the scores always 1e-4", 1e-4, 1e-8, ABOVE_0),
         weight_decay=Flag(float, "of weights, not of biases, norms, scores", 0.1, None, AT_LEAST_0),
@@ -493,15 +492,13 @@ FLAGS = {
         leftover=Flag(float, "v, the fraction of MLP neurons left at the end", 0.25, None, SHARE),
         scope=Flag(("layer", "global"), "the best of each layer, or of the whole network (gum)",
                    USUAL["scope"]),
-        mask_lr=Flag(float, "the scores' peak learning rate (soft: 10; gum for gpt2 on samsum: "
-                     "1e-3)", USUAL["mask_lr"], None, ABOVE_0),
-        lambda_mvp=Flag(float, "weight of the scores' regulariser", USUAL["lambda_mvp"], None,
-                        AT_LEAST_0),
+        mask_lr=Flag(float, "the scores' peak learning rate (soft: 10; gum, gpt2, samsum: 1e-3)",
+                     USUAL["mask_lr"], None, ABOVE_0),
+        lambda_mvp=Flag(float, "weight of their regulariser", USUAL["lambda_mvp"], None, AT_LEAST_0),
         lambda_gum=Flag(float, "weight of uniqueness in it (gum: 10, and 100 when distilling)",
                         USUAL["lambda_gum"], None, AT_LEAST_0),
-        lambda_sim=Flag(float, "how fast the running similarity forgets", USUAL["lambda_sim"], None,
-                        SHARE),
-        sim_tokens=Flag(int, "have it see so many random tokens of a step (default: all)",
+        lambda_sim=Flag(float, "how fast running means forget", USUAL["lambda_sim"], None, SHARE),
+        sim_tokens=Flag(int, "take them over so many random tokens of a step (default: all)",
                         within=ABOVE_0),
         tau=Flag(float, "soft movement's final threshold", USUAL["tau"], None, ABOVE_0)),
     "distillation": dict(
