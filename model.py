@@ -404,8 +404,8 @@ def download(name):
     known = "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"
     parent = os.path.isdir(os.path.dirname(name))  # out/mistyped is no name on the Hub
     if name not in known and (parent or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)):
-        raise FileNotFoundError(f"no model {name!r}: there is no such folder, and a name on the Hub "
-                                f"is owner/name or one of {', '.join(known)}")
+        raise FileNotFoundError(f"no model {name!r}: there is no such folder, and a Hub's name is "
+                                f"owner/name or one of {', '.join(known)}")
     import huggingface_hub  # comes with `datasets`
 
     try:

@@ -297,9 +297,9 @@ class HeadLoss(torch.autograd.Function):
     """`token_loss` of final hidden states `x` [n, d] under the output head [V, d], without ever
     holding all logits [n, V]: with a vocabulary of 50,257 they would take most of the memory.
 
-    Gradients are taken here, some tokens at a time, and only scaled in the backward pass. `teacher`:
-    None, or its final hidden states [n, d'] and head [V, d']. Products are in the autocast dtype, the
-    loss in float32 at least.
+    Gradients are taken here, some tokens at a time, and only scaled in the backward pass.
+    `teacher`: None, or its final hidden states [n, d'] and head [V, d']. Products are in the
+    autocast dtype, the loss in float32 at least.
     """
 
     @staticmethod

@@ -300,10 +300,10 @@ def dense_run(args, flags):
     return folder, dense
 
 
-def load_model(source, args):
-    """The model in folder or Hub name `source`, or for None a new `tiny`, drawn from the seed."""
-    if source is not None:
-        return GPT.from_pretrained(source).to(args.device)
+def load_model(name, args):
+    """The model in a folder or of the Hub, or a new `tiny`, drawn from the seed."""
+    if name != "tiny":
+        return GPT.from_pretrained(name).to(args.device)
     torch.manual_seed(args.seed)
     return GPT(GPTConfig(**SHAPES["tiny"])).to(args.device)
 
@@ -329,25 +329,24 @@ def run(flags, implied=False):
                          f"with: python train.py {shlex.join(given)}")
 
     # What can be wrong with the model, the data and the teacher is found here.
-    source = args.model if not tiny else dense if args.method != "none" else None
-    model = None if tiny else load_model(source, args)
-    config = GPTConfig(**SHAPES["tiny"]) if tiny else model.config
-    block_size = args.block_size or min(BLOCK_SIZE[args.dataset], config.n_positions)
-    if block_size > config.n_positions:
+    source = dense if tiny and args.method != "none" else args.model
+    model = load_model(args.model, args)
+    vocab_size, n_positions = model.config.vocab_size, model.config.n_positions
+    block_size = args.block_size or min(BLOCK_SIZE[args.dataset], n_positions)
+    if block_size > n_positions:
         raise ValueError(f"--block-size {block_size} is longer than the model's context of "
-                         f"{config.n_positions} tokens")
-    where = config.vocab_size, block_size, args.data_path, args.data_config
-    train_data = data.load(args.dataset, "train", *where)
-    val_data = data.load(args.dataset, "validation", *where)
-    if args.method != "none" and not sum(config.mlp_widths):
+                         f"{n_positions} tokens")
+    train_data, val_data = (data.load(args.dataset, split, vocab_size, block_size, args.data_path,
+                                      args.data_config) for split in ("train", "validation"))
+    if args.method != "none" and not sum(model.config.mlp_widths):
         raise ValueError(f"{args.model} has no MLP neurons left to prune")
     teacher = None
     if args.teacher or args.distill and not tiny:
         teacher = load_model(args.teacher or dense, args)
-        vocab_size, n_positions = teacher.config.vocab_size, teacher.config.n_positions
-        if vocab_size != config.vocab_size or n_positions < block_size:
-            raise ValueError(f"the teacher has a vocabulary of {vocab_size} and a context of "
-                             f"{n_positions} tokens, not {config.vocab_size} and {block_size}")
+        known = teacher.config
+        if known.vocab_size != vocab_size or known.n_positions < block_size:
+            raise ValueError(f"the teacher has a vocabulary of {known.vocab_size} and a context of "
+                             f"{known.n_positions} tokens, not {vocab_size} and {block_size}")
     steps = args.steps or max(1, round(args.epochs * len(train_data) / args.batch_size))
     checkpoint, file = None, out / "checkpoint.pt"
     if state == "interrupted" and file.exists():
@@ -362,11 +361,11 @@ def run(flags, implied=False):
             return measure.read_run(out).metrics
         if PROCESS == 0:
             measure.write_whole(out / "settings.json", json.dumps(settings_of(args), indent=2))
-        if tiny and not has_dense and (source or args.distill and not args.teacher):
+        if tiny and not has_dense and (source == dense or args.distill and not args.teacher):
             say(f"first the dense model, in {dense}")
             dense_flags.resume = dense.is_dir() and measure.read_run(dense).state != "new" or None
             run(dense_flags, implied=True)
-        model = model or load_model(source, args)
+        model = model if source == args.model else load_model(source, args)
         if args.distill:
             say(f"teacher: {args.teacher or dense}")
             teacher = (teacher or load_model(dense, args)).requires_grad_(False).eval()
@@ -480,8 +479,8 @@ FLAGS = {
         block_size=Flag(int, f"tokens per sequence (default: {str(BLOCK_SIZE)[1:-1]}, at most the "
                         "model's context)", within=ABOVE_0)),
     "training": dict(
-        steps=Flag(int, "optimizer steps (default: what --epochs make)", tiny=1000, within=ABOVE_0),
-        epochs=Flag(float, "passes over the training split (samsum: 3)", 5.0, within=ABOVE_0),
+        steps=Flag(int, "optimizer steps (default: what --epochs make)", None, 1000, ABOVE_0),
+        epochs=Flag(float, "passes over the training split (samsum: 3)", 5.0, None, ABOVE_0),
         batch_size=Flag(int, "sequences per optimizer step", 8, 32, ABOVE_0),
         accumulate=Flag(int, "micro-batches to cut it into, for less memory", 1, None, ABOVE_0),
         lr=Flag(float, "the weights' peak learning rate", 5e-4, 5e-3, ABOVE_0),
@@ -494,7 +493,7 @@ FLAGS = {
                    USUAL["scope"]),
         mask_lr=Flag(float, "the scores' peak learning rate (soft: 10; gum, gpt2, samsum: 1e-3)",
                      USUAL["mask_lr"], None, ABOVE_0),
-        lambda_mvp=Flag(float, "weight of their regulariser", USUAL["lambda_mvp"], None, AT_LEAST_0),
+        lambda_mvp=Flag(float, "weight of their penalty", USUAL["lambda_mvp"], None, AT_LEAST_0),
         lambda_gum=Flag(float, "weight of uniqueness in it (gum: 10, and 100 when distilling)",
                         USUAL["lambda_gum"], None, AT_LEAST_0),
         lambda_sim=Flag(float, "how fast running means forget", USUAL["lambda_sim"], None, SHARE),
@@ -594,8 +593,8 @@ def resolve(flags):
     """The settings that `flags` (from `parse`) mean: defaults filled in, the run's folder named."""
     given = {name: value for name, value in vars(flags).items() if value is not None}
     usual = {name: False if one.kind is None else one.default for name, one in ALL_FLAGS.items()}
-    names = "method", "model", "dataset", "distill", "device"
-    method, model, dataset, distill, device = ((usual | given)[name] for name in names)
+    method, model, dataset, distill, device = (
+        (usual | given)[name] for name in ("method", "model", "dataset", "distill", "device"))
     if model == "tiny":
         usual |= {name: one.tiny for name, one in ALL_FLAGS.items() if one.tiny is not None}
     usual |= METHODS[method].defaults
