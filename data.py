@@ -65,8 +65,7 @@ def load(dataset, split, vocab_size, block_size, path=None, config=None, cache_d
         file = Path(cache_dir, f"{dataset}-{split}-{vocab_size}-3-{fingerprint}.bin")
         tokens = cached(file, documents, tok)
         if len(tokens) < max(block_size, 2):
-            raise ValueError(f"{dataset} {split} has {len(tokens)} tokens: choose a smaller "
-                             "--block-size")
+            raise ValueError(f"{dataset} {split} has {len(tokens)} tokens: lower --block-size")
         return Blocks(tokens, block_size, tok.eot)
     pairs = hub_pairs(dataset, split, path, config) if hub else toysql(split)
     examples = Examples(pairs, block_size, tok)
@@ -75,7 +74,7 @@ def load(dataset, split, vocab_size, block_size, path=None, config=None, cache_d
         message = (f"{dataset} {split}: {len(sizes) - len(examples)} of {len(sizes)} examples (of "
                    f"{min(sizes)} to {max(sizes)} tokens) exceed the block of {block_size}")
         if not len(examples):
-            raise ValueError(f"{message}: choose a larger --block-size")
+            raise ValueError(f"{message}: raise --block-size")
         print(f"{message} and are left out", file=sys.stderr)
     return examples
 
@@ -105,7 +104,7 @@ def tokenizer(vocab_size):
 
 
 class Blocks:
-    """A stream of N tokens as ceil((N - 1) / T) blocks: every token but the first is predicted."""
+    """N tokens as ceil((N - 1) / T) blocks: each token but the first is predicted once."""
 
     def __init__(self, tokens, block_size, eot):
         self.tokens, self.block_size, self.eot = tokens, block_size, eot  # tokens: [N] uint16
@@ -192,7 +191,8 @@ def micro_batches(batch, device, parts=1, process=0, processes=1, sim_tokens=Non
     if sim_tokens is not None:
         places = seen.flatten().nonzero().squeeze(1)
         order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))
-        seen = seen.flatten().index_fill(0, places[order[sim_tokens:]], False).view_as(seen)
+        left_out = places[order[sim_tokens:]]
+        seen = seen.flatten().index_fill(0, left_out, False).view_as(seen)  # [B, T]
     asked = targets != -100  # [B, T]
 
     def where(mask):  # on the CPU: to find it on a GPU is to wait for it
