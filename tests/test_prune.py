@@ -115,7 +115,7 @@ def numbers(run):
 
 
 def assert_same(ours, theirs, atol=1e-9):
-    """The same kept neurons at every step, losses, gradient norms, weights, scores and C."""
+    """The same kept neurons at every step, and all numbers."""
     assert ours.kept == theirs.kept
     ours, theirs = numbers(ours), numbers(theirs)
     assert ours.keys() == theirs.keys()
@@ -157,9 +157,9 @@ def best(scores, count):
     return set(sorted(range(len(scores)), key=lambda j: (-scores[j], j))[:count])
 
 
-def reference_masks(S, method, scope, t, T, leftover, tau):
+def reference_masks(S, method, scope, t, T, leftover):
     """A list of 0/1 masks [m], one per layer, for scores `S` [N] at step t of T."""
-    v_t, tau_t = leftover + (1 - leftover) * curve(t, T), tau * (1 - curve(t, T))
+    v_t, tau_t = leftover + (1 - leftover) * curve(t, T), 0.1 * (1 - curve(t, T))
     layers, kept = [layer.tolist() for layer in S.detach().split(WIDTHS)], []
     everywhere, offset = best(sum(layers, []), round(v_t * N)), 0
     for scores in layers:
@@ -202,15 +202,14 @@ def reference_loss(model, batch, label_smoothing, teacher):
     return 0.3 * loss + 0.6 * 9 * (p * (p / q).log()).sum(1).mean()
 
 
-def reference(method, batches, leftover=0.25, scope=None, model=None, weight_decay=0.1,
-              label_smoothing=0.0, teacher=None, sim_tokens=None, lambda_mvp=2.0, lambda_gum=None,
-              lambda_sim=None, tau=0.1):
+def reference(method, batches, leftover=0.25, scope=None, weight_decay=0.1, label_smoothing=0.0,
+              teacher=None, sim_tokens=None, lambda_mvp=2.0, lambda_gum=None, lambda_sim=None):
     """What `trained` should come to, from the whole batch of every step at once."""
     T, learned = len(batches), method in LEARNED
     scope = scope or ("global" if method == "gum" else "layer")
     lambda_gum = (10.0 if method == "gum" else 0.0) if lambda_gum is None else lambda_gum
     lambda_sim = (0.1 if method == "wanda" else 0.99) if lambda_sim is None else lambda_sim
-    model = copy.deepcopy(make_model() if model is None else model)
+    model = make_model()
     for block in model.h:
         block.mlp = MaskedMLP(block.mlp)
     mlps = [block.mlp for block in model.h]
@@ -228,12 +227,11 @@ def reference(method, batches, leftover=0.25, scope=None, model=None, weight_dec
     run = SimpleNamespace(model=model, kept=[], losses=[], norms=[])
     for t, batch in enumerate(batches, 1):
         if method == "magnitude":
-            groups = [torch.cat([mlp.c_fc.weight, mlp.c_fc.bias[:, None], mlp.c_proj.weight.T], 1)
-                      for mlp in mlps]
-            S = torch.cat([group.norm(dim=1) for group in groups])
+            S = torch.cat([torch.cat([mlp.c_fc.weight, mlp.c_fc.bias[:, None], mlp.c_proj.weight.T],
+                                     1).norm(dim=1) for mlp in mlps])
         if method == "wanda":
             S = (torch.cat([mlp.c_proj.weight.square().sum(0) for mlp in mlps]) * square).sqrt()
-        masks = reference_masks(S, method, scope, t, T, leftover, tau)
+        masks = reference_masks(S, method, scope, t, T, leftover)
         run.kept.append([mask.nonzero().flatten().tolist() for mask in masks])
         for mlp, mask, s in zip(mlps, masks, S.split(WIDTHS)):
             mlp.M = mask + s - s.detach() if learned else mask
@@ -280,7 +278,7 @@ def comebacks(history):
 
 # The whole training.
 
-TEACHER = make_model(seed=5)
+TEACHER = make_model(seed=5).requires_grad_(False)
 SCOPES = [(method, scope, {}) for method in METHODS for scope in ("layer", "global")]
 TRAININGS = [*SCOPES, ("none", None, dict(leftover=1.0, label_smoothing=0.2)),
              ("gum", "global", dict(teacher=TEACHER)), ("gum", "layer", dict(sim_tokens=3)),
