@@ -21,6 +21,7 @@ from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -63,7 +64,7 @@ def hidden(model, micro):
 
 def fine_prune(model, pruner, optimizer, micro_batches, step, args, teacher=None):
     """One step of fine-pruning, counted from 1. Returns how many neurons each layer keeps, the mean
-    loss in nats over the batch's tokens that count, and the norm of the weights' gradient.
+    loss in nats of the batch's tokens that count, and the norm of the weights' gradient.
 
     `model` is a GPT, or DistributedDataParallel around one; `micro_batches` are `data`'s. `args`
     has device, dtype, label_smoothing and, for a teacher, alpha_ce, alpha_kd, temperature.
@@ -98,9 +99,8 @@ def train(args, steps, model, teacher, train_data, val_data, checkpoint, stop):
     """The loop: fine-tune `model` for `steps`, pruning as the schedule says. Returns its progress,
     with seconds and tokens; on return the model skips the neurons that were pruned.
 
-    `checkpoint` is what to go on from, or None. Once something is put into the list `stop`, the
-    loop ends between two steps: it saves a checkpoint and raises KeyboardInterrupt. Raises
-    FloatingPointError when the loss is no longer a number.
+    `checkpoint`: what to go on from, or None. Once something is in the list `stop`, the loop saves
+    a checkpoint and raises KeyboardInterrupt. Raises FloatingPointError when the loss is no number.
     """
     folder, eval_every = Path(args.out), args.eval_every or max(steps // 5, 1)
     pruner = Pruner(model, args.method, args.leftover, steps, args.scope, args.lambda_mvp,
@@ -141,7 +141,9 @@ def train(args, steps, model, teacher, train_data, val_data, checkpoint, stop):
             progress.loss += loss
             progress.norm += norm
             progress.tokens += batch[0].numel()
-            last, stopping = step == steps, stops(step, stop, args)
+            last, stopping = step == steps, bool(stop)
+            if PROCESSES > 1:  # all have to stop at the same step
+                stopping = step % args.log_every == 0 and told_by_first(lambda: bool(stop))
             evaluates = step % eval_every == 0 and not last
             logs = step % args.log_every == 0 or evaluates or last
             saves = step % args.checkpoint_every == 0 or last or stopping
@@ -181,32 +183,25 @@ def batch_indices(step, n, batch_size, seed):
 
 
 def told_by_first(function):
-    """What `function` returns, called by process 0 alone: the others wait, and get the same."""
+    """What `function` returns in process 0: the others wait, and get the same."""
     result = [function() if PROCESS == 0 else None]
     if PROCESSES > 1:
         dist.broadcast_object_list(result)
     return result[0]
 
 
-def stops(step, stop, args):
-    """Whether a signal has come. Several processes must stop at the same step, so they ask less."""
-    if PROCESSES == 1:
-        return bool(stop)
-    return step % args.log_every == 0 and told_by_first(lambda: bool(stop))
-
-
 def check_finite(progress, args):
-    """Fetch loss and norm from the device; raise FloatingPointError if one is not a number."""
+    """Fetch loss and norm from the device; FloatingPointError if one is not a number."""
     progress.loss, progress.norm = float(progress.loss), float(progress.norm)
     if not math.isfinite(progress.loss + progress.norm):
-        kept = f"the checkpoint of step {progress.saved} is kept; " * (progress.saved > 0)
-        raise FloatingPointError("the loss is no longer a finite number at step "
-                                 f"{progress.step}; {kept}try a lower --lr than {args.lr:g}")
+        raise FloatingPointError(
+            f"the loss is no longer a finite number at step {progress.step}; the checkpoint of "
+            f"step {progress.saved} is kept; try a lower --lr than {args.lr:g}")
 
 
-# A run's folder holds settings.json, from the start, log.jsonl and checkpoint.pt; at its end
-# config.json, model.safetensors and metrics.json, which is written last and so says that the run is
-# finished. Then settings.json and checkpoint.pt go.
+# A run's folder holds settings.json, log.jsonl and checkpoint.pt; at its end config.json,
+# model.safetensors and metrics.json, which is written last and so says that the run is finished.
+# Then settings.json and checkpoint.pt go.
 
 
 def save(folder, progress, parts):
@@ -220,7 +215,7 @@ def save(folder, progress, parts):
 
 
 def cut_log(folder, step):
-    """Drop what was logged after the checkpoint of `step`: it will come again."""
+    """Drop what was logged after `step`, the checkpoint's: it will come again."""
     path = folder / "log.jsonl"
     try:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -231,7 +226,7 @@ def cut_log(folder, step):
 
 
 def log(folder, progress, record, bar):
-    """Append a line to log.jsonl: `record`, and means over the steps since the line before."""
+    """Append `record` to log.jsonl, with means over the steps since the line before."""
     n = progress.since
     record = dict(step=progress.step, loss=progress.loss / n, grad_norm=progress.norm / n,
                   **record, seconds=progress.seconds,
@@ -248,14 +243,14 @@ def log(folder, progress, record, bar):
 
 
 def settings_of(args):
-    """What decides the result: all flags but those about where and how often it is written."""
+    """What decides the result: not where and how often it is written."""
     return {name: value for name, value in vars(args).items()
             if name not in ("out", "resume", "checkpoint_every")}
 
 
 def check_folder(args):
-    """Whether the run in args.out is "new", "interrupted" or "finished"; ValueError if it can't be
-    made there."""
+    """Whether the run in args.out is "new", "interrupted" or "finished"; ValueError if it can't go
+    on there."""
     out = Path(args.out)
     found = measure.read_run(out) if out.is_dir() else None
     state = found.state if found else "new"
@@ -294,9 +289,8 @@ def locked(folder, wait):
 
 
 def dense_run(args, flags):
-    """The folder of the dense run of the same data, model and seed, and its flags: the same run
-    without pruning. If there is none yet, any finished one can serve as a teacher, but for `tiny`,
-    whose dense run is made on the spot."""
+    """The folder of the dense run of the same data, model and seed, and its flags: the same but for
+    pruning. Without it, another finished one can teach (`tiny` makes its own on the spot)."""
     without = dict.fromkeys([*FLAGS["pruning"], *FLAGS["distillation"], "out", "resume"])
     dense = SimpleNamespace(**vars(flags) | without | dict(method="none"))
     folder = Path(resolve(dense).out)
@@ -306,20 +300,18 @@ def dense_run(args, flags):
     return folder, dense
 
 
-def load_model(source, args):
-    """The model in folder or Hub name `source`, or for None a new `tiny`, drawn from the seed."""
-    if source is not None:
-        return GPT.from_pretrained(source).to(args.device)
+def load_model(name, args):
+    """The model in a folder or of the Hub, or a new `tiny`, drawn from the seed."""
+    if name != "tiny":
+        return GPT.from_pretrained(name).to(args.device)
     torch.manual_seed(args.seed)
     return GPT(GPTConfig(**SHAPES["tiny"])).to(args.device)
 
 
 def run(flags, implied=False):
-    """Make the run that `flags` (from `parse`) describe, and for `tiny` the dense run `implied`.
-
-    Returns its metrics. Raises ValueError or OSError for what the user got wrong, before anything
-    is trained, and what `train` raises.
-    """
+    """Make the run that `flags` (from `parse`) describe, and for `tiny` first the dense run that is
+    `implied`. Returns its metrics. Raises ValueError or OSError for what the user got wrong, before
+    anything is trained, and what `train` raises."""
     args = resolve(flags)
     if args.accumulate * PROCESSES > args.batch_size:
         raise ValueError(f"--accumulate {args.accumulate} on {PROCESSES} processes is more than "
@@ -337,33 +329,31 @@ def run(flags, implied=False):
                          f"with: python train.py {shlex.join(given)}")
 
     # What can be wrong with the model, the data and the teacher is found here.
-    source = args.model if not tiny else dense if args.method != "none" else None
-    model = None if tiny else load_model(source, args)
-    config = GPTConfig(**SHAPES["tiny"]) if tiny else model.config
-    block_size = args.block_size or min(BLOCK_SIZE[args.dataset], config.n_positions)
-    if block_size > config.n_positions:
+    source = dense if tiny and args.method != "none" else args.model
+    model = load_model(args.model, args)
+    vocab_size, n_positions = model.config.vocab_size, model.config.n_positions
+    block_size = args.block_size or min(BLOCK_SIZE[args.dataset], n_positions)
+    if block_size > n_positions:
         raise ValueError(f"--block-size {block_size} is longer than the model's context of "
-                         f"{config.n_positions} tokens")
-    where = config.vocab_size, block_size, args.data_path, args.data_config
-    train_data = data.load(args.dataset, "train", *where)
-    val_data = data.load(args.dataset, "validation", *where)
-    if args.method != "none" and not sum(config.mlp_widths):
+                         f"{n_positions} tokens")
+    train_data, val_data = (data.load(args.dataset, split, vocab_size, block_size, args.data_path,
+                                      args.data_config) for split in ("train", "validation"))
+    if args.method != "none" and not sum(model.config.mlp_widths):
         raise ValueError(f"{args.model} has no MLP neurons left to prune")
     teacher = None
     if args.teacher or args.distill and not tiny:
         teacher = load_model(args.teacher or dense, args)
-        vocab_size, n_positions = teacher.config.vocab_size, teacher.config.n_positions
-        if vocab_size != config.vocab_size or n_positions < block_size:
-            raise ValueError(f"the teacher has a vocabulary of {vocab_size} and a context of "
-                             f"{n_positions} tokens, not {config.vocab_size} and {block_size}")
+        known = teacher.config
+        if known.vocab_size != vocab_size or known.n_positions < block_size:
+            raise ValueError(f"the teacher has a vocabulary of {known.vocab_size} and a context of "
+                             f"{known.n_positions} tokens, not {vocab_size} and {block_size}")
     steps = args.steps or max(1, round(args.epochs * len(train_data) / args.batch_size))
-    checkpoint = None
-    if state == "interrupted" and (out / "checkpoint.pt").exists():
+    checkpoint, file = None, out / "checkpoint.pt"
+    if state == "interrupted" and file.exists():
         try:
-            checkpoint = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch has several exceptions for a damaged file
-            raise ValueError(f"{out / 'checkpoint.pt'} is damaged: remove {out} and start over"
-                             ) from error
+            raise ValueError(f"{file} is damaged: remove {out} and start over") from error
 
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, wait=implied) if PROCESS == 0 else nullcontext():
@@ -371,11 +361,11 @@ def run(flags, implied=False):
             return measure.read_run(out).metrics
         if PROCESS == 0:
             measure.write_whole(out / "settings.json", json.dumps(settings_of(args), indent=2))
-        if tiny and not has_dense and (source is not None or args.distill and not args.teacher):
+        if tiny and not has_dense and (source == dense or args.distill and not args.teacher):
             say(f"first the dense model, in {dense}")
             dense_flags.resume = dense.is_dir() and measure.read_run(dense).state != "new" or None
             run(dense_flags, implied=True)
-        model = model or load_model(source, args)
+        model = model if source == args.model else load_model(source, args)
         if args.distill:
             say(f"teacher: {args.teacher or dense}")
             teacher = (teacher or load_model(dense, args)).requires_grad_(False).eval()
@@ -441,8 +431,8 @@ def report(metrics, folder):
                              ("validation loss (nats)", "val_loss", ".4f"),
                              ("validation perplexity", "val_perplexity", ".3f"),
                              ("tokens/s (prefill)", "prefill_tokens_per_second", ",.0f")):
-        ratio = result[key] / start[key]
-        print(f"{title:24}{start[key]:>14{form}}{result[key]:>14{form}}{ratio:>8.2f}x")
+        a, b = start[key], result[key]
+        print(f"{title:24}{a:>14{form}}{b:>14{form}}{b / a:>8.2f}x")
     wanted, total = metrics["leftover_wanted"], sum(start["widths"])
     print(f"neurons left: {metrics['leftover']:.2%} of {total:,} ({wanted:.2%} wanted)")
     print("neurons per layer:", *start["widths"], "->", *result["widths"])
@@ -453,14 +443,16 @@ def report(metrics, folder):
     print(f"\nthe model, its log and metrics are in {folder}")
 
 
-# The flags. A default is the paper's (Appendix F), or where it gives none its released code's; what
+# The flags. Defaults are the paper's (Appendix F), or where it gives none its released code's; what
 # depends on other flags is in `resolve`. `tiny`, trained from scratch, has some of its own.
 
 
-def flag(kind, about, default=None, tiny=None, within=None):
-    """A flag: its type, its choices, or None for a switch; what it is; its default, and the one for
-    `tiny`; what a number must be."""
-    return SimpleNamespace(kind=kind, about=about, default=default, tiny=tiny, within=within)
+class Flag(NamedTuple):
+    kind: object  # its type, its choices, or None: a switch
+    about: str
+    default: object = None
+    tiny: object = None  # the default for `tiny`
+    within: str = None  # what a number must be
 
 
 ABOVE_0, AT_LEAST_0, SHARE = "above 0 and finite", "at least 0", "in (0, 1]"
@@ -471,64 +463,60 @@ BLOCK_SIZE = dict(stdlib=64, toysql=256, wikisql=512, e2e=512, wikitext=1024, sa
 USUAL = defaults_of("topv")
 FLAGS = {
     "what to run": dict(
-        method=flag(METHODS, "how neurons are chosen: " + "; ".join(
+        method=Flag(METHODS, "how neurons are chosen: " + "; ".join(
             f"{name}, {method.about}" for name, method in METHODS.items()), "gum"),
-        model=flag(str, "a Hub name (gpt2, EleutherAI/gpt-neo-125m), a folder in Hugging Face's "
-                   "format, a finished run's folder, or tiny, a small byte-level GPT-2 that is "
-                   "first trained dense", "tiny"),
-        seed=flag(int, "of the initialisation, the data's order and random scores", 0,
+        model=Flag(str, "a Hub name (gpt2, EleutherAI/gpt-neo-125m), a folder in Hugging Face's "
+                   "format or a finished run's, or tiny, a byte-level GPT-2, first trained dense",
+                   "tiny"),
+        seed=Flag(int, "of the initialisation, the data's order and random scores", 0,
                   within="from 0 to 2^31 - 1"),
-        out=flag(str, "the run's folder (default: out/NAME, named from the settings)"),
-        resume=flag(None, "go on with the interrupted run of this very command")),
+        out=Flag(str, "the run's folder (default: out/NAME, named from the settings)"),
+        resume=Flag(None, "go on with the interrupted run of this very command")),
     "data": dict(
-        dataset=flag(data.DATASETS, "what to train on", "stdlib"),
-        data_path=flag(str, "a local folder with the data in the Hub's layout"),
-        data_config=flag(str, "the data's configuration (default for wikitext: wikitext-103-v1)"),
-        block_size=flag(int, "tokens per sequence, at most the model's context (default: "
-                        f"{str(BLOCK_SIZE)[1:-1]})", within=ABOVE_0)),
+        dataset=Flag(data.DATASETS, "what to train on", "stdlib"),
+        data_path=Flag(str, "a local folder with the data in the Hub's layout"),
+        data_config=Flag(str, "the data's configuration (wikitext: wikitext-103-v1)"),
+        block_size=Flag(int, f"tokens per sequence (default: {str(BLOCK_SIZE)[1:-1]}, at most the "
+                        "model's context)", within=ABOVE_0)),
     "training": dict(
-        steps=flag(int, "optimizer steps (default: what --epochs make)", tiny=1000, within=ABOVE_0),
-        epochs=flag(float, "passes over the training split (samsum: 3)", 5.0, within=ABOVE_0),
-        batch_size=flag(int, "sequences per optimizer step", 8, 32, ABOVE_0),
-        accumulate=flag(int, "micro-batches to compute a step in, for less memory", 1, None,
-                        ABOVE_0),
-        lr=flag(float, "the weights' peak learning rate", 5e-4, 5e-3, ABOVE_0),
-        eps=flag(float, "AdamW's epsilon, for the scores always 1e-4", 1e-4, 1e-8, ABOVE_0),
-        weight_decay=flag(float, "of weights, not of biases, norms, scores", 0.1, None, AT_LEAST_0),
-        label_smoothing=flag(float, "always 0 when distilling", 0.0, None, "in [0, 1)")),
+        steps=Flag(int, "optimizer steps (default: what --epochs make)", None, 1000, ABOVE_0),
+        epochs=Flag(float, "passes over the training split (samsum: 3)", 5.0, None, ABOVE_0),
+        batch_size=Flag(int, "sequences per optimizer step", 8, 32, ABOVE_0),
+        accumulate=Flag(int, "micro-batches to cut it into, for less memory", 1, None, ABOVE_0),
+        lr=Flag(float, "the weights' peak learning rate", 5e-4, 5e-3, ABOVE_0),
+        eps=Flag(float, "AdamW's epsilon, for the scores always 1e-4", 1e-4, 1e-8, ABOVE_0),
+        weight_decay=Flag(float, "of weights, not of biases, norms, scores", 0.1, None, AT_LEAST_0),
+        label_smoothing=Flag(float, "always 0 when distilling", 0.0, None, "in [0, 1)")),
     "pruning": dict(
-        leftover=flag(float, "v, the fraction of MLP neurons left at the end", 0.25, None, SHARE),
-        scope=flag(("layer", "global"), "keep the best of each layer, or of the network (gum)",
+        leftover=Flag(float, "v, the fraction of MLP neurons left at the end", 0.25, None, SHARE),
+        scope=Flag(("layer", "global"), "the best of each layer, or of the whole network (gum)",
                    USUAL["scope"]),
-        mask_lr=flag(float, "the scores' peak learning rate (soft: 10; gum for gpt2 on samsum: "
-                     "1e-3)", USUAL["mask_lr"], None, ABOVE_0),
-        lambda_mvp=flag(float, "weight of the scores' regulariser", USUAL["lambda_mvp"], None,
-                        AT_LEAST_0),
-        lambda_gum=flag(float, "weight of uniqueness in it (gum: 10, and 100 when distilling)",
+        mask_lr=Flag(float, "the scores' peak learning rate (soft: 10; gum, gpt2, samsum: 1e-3)",
+                     USUAL["mask_lr"], None, ABOVE_0),
+        lambda_mvp=Flag(float, "weight of their penalty", USUAL["lambda_mvp"], None, AT_LEAST_0),
+        lambda_gum=Flag(float, "weight of uniqueness in it (gum: 10, and 100 when distilling)",
                         USUAL["lambda_gum"], None, AT_LEAST_0),
-        lambda_sim=flag(float, "how fast the running similarity forgets", USUAL["lambda_sim"], None,
-                        SHARE),
-        sim_tokens=flag(int, "have it see so many random tokens of a step (default: all)",
+        lambda_sim=Flag(float, "how fast running means forget", USUAL["lambda_sim"], None, SHARE),
+        sim_tokens=Flag(int, "take them over so many random tokens of a step (default: all)",
                         within=ABOVE_0),
-        tau=flag(float, "soft movement's final threshold", USUAL["tau"], None, ABOVE_0)),
+        tau=Flag(float, "soft movement's final threshold", USUAL["tau"], None, ABOVE_0)),
     "distillation": dict(
-        distill=flag(None, "learn from a dense model, too"),
-        teacher=flag(str, "a dense model's folder or Hub name (default: the dense run of the same "
-                     "data, model and seed)"),
-        alpha_ce=flag(float, "weight of the data's loss", 0.5, None, AT_LEAST_0),
-        alpha_kd=flag(float, "weight of the teacher's", 0.5, None, AT_LEAST_0),
-        temperature=flag(float, "of both distributions", 2.0, None, ABOVE_0)),
+        distill=Flag(None, "learn from a dense model, too"),
+        teacher=Flag(str, "its folder or Hub name (default: the dense run of the same data, model "
+                     "and seed)"),
+        alpha_ce=Flag(float, "weight of the data's loss", 0.5, None, AT_LEAST_0),
+        alpha_kd=Flag(float, "weight of the teacher's", 0.5, None, AT_LEAST_0),
+        temperature=Flag(float, "of both distributions", 2.0, None, ABOVE_0)),
     "machine": dict(
-        device=flag(str, "cuda or cpu", "cuda" if torch.cuda.is_available() else "cpu"),
-        dtype=flag(("float32", "bfloat16"),
+        device=Flag(str, "cuda or cpu", "cuda" if torch.cuda.is_available() else "cpu"),
+        dtype=Flag(("float32", "bfloat16"),
                    "of the matrix products (default: bfloat16 on a GPU that has it)"),
-        compile=flag(None, "compile the blocks with torch.compile: slow to start, then faster"),
-        gradient_checkpointing=flag(None, "compute activations twice instead of keeping them: a "
-                                    "third slower, far smaller"),
-        checkpoint_every=flag(int, "steps between checkpoints", 500, 200, ABOVE_0),
-        log_every=flag(int, "steps between lines of log.jsonl", 10, 20, ABOVE_0),
-        eval_every=flag(int, "steps between evaluations on part of the validation split (default: "
-                        "a fifth of all)", within=ABOVE_0))}
+        compile=Flag(None, "compile the blocks with torch.compile: slow to start, then faster"),
+        gradient_checkpointing=Flag(None, "compute activations twice instead of keeping them"),
+        checkpoint_every=Flag(int, "steps between checkpoints", 500, 200, ABOVE_0),
+        log_every=Flag(int, "steps between lines of log.jsonl", 10, 20, ABOVE_0),
+        eval_every=Flag(int, "steps between evaluations on part of the validation split (default: "
+                        "a fifth of all steps)", within=ABOVE_0))}
 ALL_FLAGS = {name: one for group in FLAGS.values() for name, one in group.items()}
 
 
@@ -575,19 +563,17 @@ def parse(argv=None):
 
 def check_together(args):
     """End the program where flags make no sense together, or on this machine."""
-    name = args.method or ALL_FLAGS["method"].default
-    method, unique = METHODS[name], args.lambda_gum
-    unique = defaults_of(name)["lambda_gum"] if unique is None else unique
-    given = [flag for flag, value in vars(args).items() if value is not None]
-    pruning = ", ".join(flag_of(flag) for flag in given if flag in FLAGS["pruning"]
-                        and (flag, args.leftover) != ("leftover", 1.0))
-    distilling = ", ".join(flag_of(flag) for flag in given if flag in FLAGS["distillation"])
-    device = args.device or "cpu"
+    name, device = args.method or ALL_FLAGS["method"].default, args.device or "cpu"
+    unique = defaults_of(name)["lambda_gum"] if args.lambda_gum is None else args.lambda_gum
+    given = {group: ", ".join(flag_of(flag) for flag in flags if getattr(args, flag) is not None)
+             for group, flags in FLAGS.items()}
+    pruning, distilling = given["pruning"], given["distillation"]
     for wrong, message in (
-        (name == "none" and pruning, f"{pruning} means nothing with --method none: all stay"),
-        (method.threshold and args.scope,
+        (name == "none" and pruning and (pruning, args.leftover) != ("--leftover", 1.0),
+         f"{pruning} means nothing with --method none: all stay"),
+        (METHODS[name].threshold and args.scope,
          f"--scope means nothing with --method {name}: one threshold serves every layer"),
-        (not method.learned and args.lambda_gum,
+        (unique and not METHODS[name].learned,
          f"--lambda-gum goes with learned scores, not --method {name}"),
         (args.sim_tokens and not unique,
          "--sim-tokens goes with --method gum, or other learned scores and --lambda-gum above 0"),
@@ -607,8 +593,8 @@ def resolve(flags):
     """The settings that `flags` (from `parse`) mean: defaults filled in, the run's folder named."""
     given = {name: value for name, value in vars(flags).items() if value is not None}
     usual = {name: False if one.kind is None else one.default for name, one in ALL_FLAGS.items()}
-    names = "method", "model", "dataset", "distill", "device"
-    method, model, dataset, distill, device = ((usual | given)[name] for name in names)
+    method, model, dataset, distill, device = (
+        (usual | given)[name] for name in ("method", "model", "dataset", "distill", "device"))
     if model == "tiny":
         usual |= {name: one.tiny for name, one in ALL_FLAGS.items() if one.tiny is not None}
     usual |= METHODS[method].defaults
@@ -618,7 +604,7 @@ def resolve(flags):
         usual["epochs"] = 3.0
         if (method, model) == ("gum", "gpt2"):
             usual["mask_lr"] = 1e-3
-    by_steps = "steps" in given or "epochs" not in given and usual["steps"] is not None
+    by_steps = "steps" in given or usual["steps"] and "epochs" not in given
     usual["epochs" if by_steps else "steps"] = None
     if method == "none":
         usual |= dict.fromkeys(FLAGS["pruning"]) | dict(leftover=1.0)
@@ -651,8 +637,7 @@ def join_processes(flags):
 
 def main():
     flags = parse()
-    # A pruned neuron's gradient is 0, so AdamW's mean of it shrinks to numbers so small that a CPU
-    # would compute with them in slow motion.
+    # AdamW's mean of a pruned neuron's gradients shrinks to numbers that slow a CPU down.
     torch.set_flush_denormal(True)
     try:
         if PROCESSES > 1:
@@ -668,8 +653,7 @@ def main():
                  "--block-size")
         lost = "connection|socket|peer|timed out|timeout|nccl"
         if PROCESSES > 1 and re.search(lost, str(error), re.IGNORECASE):
-            fail("another process of this job is gone: go on from the last checkpoint with the "
-                 "same command and --resume")
+            fail("another process of this job is gone: go on with the same command and --resume")
         raise
     except KeyboardInterrupt as stopped:
         launcher = ["torchrun", f"--nproc_per_node={PROCESSES}"] if PROCESSES > 1 else ["python"]
