@@ -1,9 +1,9 @@
 """Fine-prune a GPT: `python train.py --method gum --dataset wikitext --model gpt2 --leftover 0.25`.
 
 In order: a step of fine-pruning, the loop around it, what a run keeps in its folder, a whole run
-and the table it closes with, and last the flags. Nothing here depends on a random state that would
-have to be saved: the order of the data is a function of the seed and the step. So an interrupted
-run (of one process) goes on bit for bit as if it had not been interrupted.
+and its closing table, the flags. The order of the data is a function of the seed and the step, and
+nothing else is random: so an interrupted run (of one process) goes on bit for bit as if it had not
+been interrupted.
 """
 
 import argparse
@@ -35,8 +35,7 @@ import measure
 from model import GPT, SHAPES, GPTConfig
 from prune import METHODS, HeadLoss, Pruner, defaults_of, lr_factor, shrink, v_at
 
-# Launched by torchrun, N processes run this file in step. Each trains on its share of every batch;
-# 0 alone writes.
+# Launched by torchrun, N processes train in step, each on its share of every batch; 0 alone writes.
 PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -97,7 +96,7 @@ def fine_prune(model, pruner, optimizer, micro_batches, step, args, teacher=None
 
 def train(args, steps, model, teacher, train_data, val_data, checkpoint, stop):
     """The loop: fine-tune `model` for `steps`, pruning as the schedule says. Returns its progress,
-    with seconds and tokens; on return the model skips the neurons that were pruned.
+    with seconds and tokens; the model is left skipping the pruned neurons.
 
     `checkpoint`: what to go on from, or None. Once something is in the list `stop`, the loop saves
     a checkpoint and raises KeyboardInterrupt. Raises FloatingPointError when the loss is no number.
@@ -120,11 +119,11 @@ def train(args, steps, model, teacher, train_data, val_data, checkpoint, stop):
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if PROCESS == 0:
         cut_log(folder, progress.step)
-    bar = dict(total=steps, initial=progress.step, desc=folder.name, unit="step", mininterval=0.5,
-               dynamic_ncols=True) | (dict(disable=True) if PROCESS else {})
+    shown = dict(disable=True) if PROCESS else {}  # what TQDM_DISABLE says, on process 0
     model.train()
     clock = time.perf_counter()
-    with tqdm(**bar) as bar:
+    with tqdm(total=steps, initial=progress.step, desc=folder.name, unit="step", mininterval=0.5,
+              dynamic_ncols=True, **shown) as bar:
         for step in range(progress.step + 1, steps + 1):
             indices = batch_indices(step, len(train_data), args.batch_size, args.seed)
             batch, seed = train_data.batch(indices), 1_000_003 * args.seed + step
@@ -155,8 +154,8 @@ def train(args, steps, model, teacher, train_data, val_data, checkpoint, stop):
                                   leftover=sum(widths) / max(sum(pruner.widths), 1),
                                   lr=optimizer.param_groups[0]["lr"])
                     if evaluates and PROCESS == 0:
-                        record["val_loss"] = measure.mean_loss(model, val_data,
-                                                               autocast_of(args), most=16)
+                        loss = measure.mean_loss(model, val_data, autocast_of(args), most=16)
+                        record["val_loss"] = loss
                         model.train()
                     log(folder, progress, record, bar)
                 if saves:
@@ -262,8 +261,8 @@ def check_folder(args):
         different = [f"{name} is {found.settings.get(name)} there and {value} here" for name, value
                      in settings_of(args).items() if found.settings.get(name) != value]
         if different:
-            raise ValueError(f"{out} is a run with other settings ({', '.join(different)}): resume "
-                             "it with its own command")
+            raise ValueError(f"{out} has other settings ({', '.join(different)}): resume it with "
+                             "its own command")
         return state
     if state == "finished":
         raise ValueError(f"{out} holds a finished run: name another with --out, or remove it")
@@ -309,8 +308,8 @@ def load_model(name, args):
 
 
 def run(flags, implied=False):
-    """Make the run that `flags` (from `parse`) describe, and for `tiny` first the dense run that is
-    `implied`. Returns its metrics. Raises ValueError or OSError for what the user got wrong, before
+    """Make the run that `flags` (from `parse`) describe, for `tiny` first the dense run that is
+    `implied`. Returns its metrics. Raises ValueError or OSError for a user's mistake, before
     anything is trained, and what `train` raises."""
     args = resolve(flags)
     if args.accumulate * PROCESSES > args.batch_size:
@@ -417,9 +416,9 @@ def compare(start, result, val_data, args):
                            parameters=sum(p.numel() for p in model.parameters()),
                            prefill_tokens_per_second=speed,
                            sample=measure.sampled(model, ids, val_data.block_size - len(ids)))
-    before, after = about["start"]["widths"], about["result"]["widths"]
-    return about | dict(leftover_wanted=args.leftover, leftover=sum(after) / max(sum(before), 1),
-                        leftover_per_layer=[k / max(m, 1) for k, m in zip(after, before)])
+    full, left = about["start"]["widths"], about["result"]["widths"]
+    return about | dict(leftover_wanted=args.leftover, leftover=sum(left) / max(sum(full), 1),
+                        leftover_per_layer=[k / max(m, 1) for k, m in zip(left, full)])
 
 
 def report(metrics, folder):
@@ -443,8 +442,8 @@ def report(metrics, folder):
     print(f"\nthe model, its log and metrics are in {folder}")
 
 
-# The flags. Defaults are the paper's (Appendix F), or where it gives none its released code's; what
-# depends on other flags is in `resolve`. `tiny`, trained from scratch, has some of its own.
+# The flags. Defaults are the paper's (Appendix F) or its released code's; what depends on other flags
+# is in `resolve`. `tiny`, trained from scratch, has some of its own.
 
 
 class Flag(NamedTuple):
@@ -525,7 +524,7 @@ def flag_of(name):
 
 
 def fail(message):
-    """A user's mistake: one line, exit status 2."""
+    """A user's mistake: one line, status 2."""
     who = f" in process {PROCESS} of {PROCESSES}" if PROCESSES > 1 else ""
     print(f"train.py: error{who}: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
@@ -541,7 +540,7 @@ def parse(argv=None):
     """The flags as given, None where they are not. Ends the program where they make no sense."""
     parser = argparse.ArgumentParser(allow_abbrev=False,
                                      description="Fine-prune the MLP neurons of GPT-2 and GPT-Neo.")
-    parser.error = lambda message: fail(f"{message}; see python train.py --help")
+    parser.error = lambda message: fail(f"{message}; see --help")
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
         for name, one in flags.items():
@@ -570,13 +569,12 @@ def check_together(args):
     pruning, distilling = given["pruning"], given["distillation"]
     for wrong, message in (
         (name == "none" and pruning and (pruning, args.leftover) != ("--leftover", 1.0),
-         f"{pruning} means nothing with --method none: all stay"),
-        (METHODS[name].threshold and args.scope,
-         f"--scope means nothing with --method {name}: one threshold serves every layer"),
+         f"{pruning} means nothing with --method none: all neurons stay"),
+        (METHODS[name].threshold and args.scope, f"--scope means nothing with --method {name}"),
         (unique and not METHODS[name].learned,
          f"--lambda-gum goes with learned scores, not --method {name}"),
-        (args.sim_tokens and not unique,
-         "--sim-tokens goes with --method gum, or other learned scores and --lambda-gum above 0"),
+        (args.sim_tokens and not (unique or METHODS[name].measure),
+         "--sim-tokens goes with --method gum, or --lambda-gum above 0"),
         (distilling and not args.distill, f"{distilling} goes with --distill"),
         (args.compile and args.gradient_checkpointing,
          "--compile and --gradient-checkpointing do not go together"),
