@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import textwrap
 import time
@@ -22,6 +23,7 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from statistics import fmean, median
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +48,9 @@ def batches(model, examples, tokens=2048, first=None):
     rows, device = max(1, tokens // examples.block_size), model.wte.weight.device
     for start in range(0, len(order), rows):
         batch = examples.batch(order[start : start + rows])
-        yield [tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-               for tensor in batch]
+        if device.type == "cuda":
+            batch = [tensor.pin_memory().to(device, non_blocking=True) for tensor in batch]
+        yield batch
 
 
 @torch.no_grad()
@@ -74,7 +77,7 @@ def timed(function, device):
 
 @torch.no_grad()
 def prefill_speed(models, idx, rounds=7):
-    """Tokens per second with which each of `models` reads `idx` [B, T]: medians, models in turns."""
+    """Tokens per second with which each of `models` reads `idx` [B, T]: medians, in turns."""
     idx = idx.to(models[0].wte.weight.device)
     seconds = [[timed(lambda: model(idx), idx.device)[0] for model in models]
                for _ in range(rounds + 1)]
@@ -105,8 +108,8 @@ def sampled(model, ids, tokens):
 
 
 def write_texts(model, examples, prompts=0, beams=1):
-    """What the model writes, a line each, to the first `prompts` distinct prompts (0: all), and their
-    references. Greedily or by beam search, at most as long as the longest target."""
+    """What the model writes, a line each, to the first `prompts` distinct prompts (0: all), and
+    their references. Greedily or by beam search, at most as long as the longest target."""
     def line(text):
         return " ".join(text.split())
 
@@ -137,8 +140,8 @@ def text_scores(written, references):
 def activation_statistics(model, examples, tokens=2048, first=None):
     """Sensitivity, and C of each layer, from one pass over a split or its `first` sequences.
 
-    Sensitivity = sum_l sum_i |h_i(X) . dL/dh_i(X)| (Appendix E), the mean over sequences X, in nats:
-    the dot product is over X's tokens, L is X's own mean loss. C [k, k] = sum over real tokens of
+    Sensitivity = sum_l sum_i |h_i(X) . dL/dh_i(X)| (Appendix E), the mean over sequences X, in
+    nats: the dot product is over X's tokens, L is X's own mean loss. C [k, k] = sum over real tokens of
     h^T h, Algorithm 1 without decay, in float64, so that no order of summing shows: 8 k^2 bytes a
     layer, 0.9 GB in all for gpt2, 13 GB for GPT-Neo-1.3B.
     """
@@ -259,7 +262,8 @@ def dense_run(run, folder):
 
 # The commands. Those that compare runs are in results/compare.py.
 
-On = namedtuple("On", "dataset data_path data_config block_size split examples generate beams outputs")
+On = namedtuple("On", "dataset data_path data_config block_size split examples generate beams "
+                "outputs")
 
 
 @cache  # one dense run serves many
@@ -342,6 +346,8 @@ def figures(args):
 
 def sample(args):
     """Print what the dense and the pruned model write after a prompt, side by side."""
+    if not args.prompt:
+        raise ValueError("there is nothing to continue: give a --prompt")
     for run in map(read_model, args.runs):
         columns = []
         for title, one in ("dense", dense_run(run, args.dense)), ("pruned", run):
@@ -355,67 +361,95 @@ def sample(args):
             print(" | ".join(f"{part:56}" for part in parts).rstrip())
 
 
-def at_least(least):
-    """A whole number from `least` upwards, as argparse's `type`."""
-    def number(text):
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is not at least {least}")
-        return int(text)
+# The command line, of train.py and results/bench.py too.
 
-    return number
+ABOVE_0, AT_LEAST_0, SHARE = "above 0 and finite", "at least 0", "in (0, 1]"
+RANGES = {ABOVE_0: lambda x: 0 < x < math.inf, AT_LEAST_0: lambda x: 0 <= x < math.inf,
+          SHARE: lambda x: 0 < x <= 1, "in [0, 1)": lambda x: 0 <= x < 1,
+          "from 0 to 2^31 - 1": lambda x: 0 <= x < 2**31}
 
 
-FLAGS = {  # a flag: the commands that have it, what argparse knows about it
-    "runs": ("evaluate table figures sample", dict(metavar="RUN", nargs="+",
-                                                   help="the folders of finished runs")),
-    "--dense": ("evaluate sample", dict(help="the dense model's folder (default: the run of the "
-                                        "same data, model and seed beside RUN)")),
-    "--device": ("evaluate sample", dict(default="cuda" if torch.cuda.is_available() else "cpu",
-                                         help="cuda or cpu")),
-    "--dataset": ("evaluate", dict(choices=data.DATASETS, help="what to measure on (default, as of "
-                                   "the next three: the run's)")),
-    "--data-path": ("evaluate", dict(help="a local folder with the data")),
-    "--data-config": ("evaluate", dict(help="the data's configuration")),
-    "--block-size": ("evaluate", dict(type=at_least(1), help="tokens per sequence (of a folder with "
-                                      "only a model: its context)")),
-    "--split": ("evaluate", dict(choices=("train", "validation"), default="train",
-                                 help="to measure redundancy on (default: train)")),
-    "--examples": ("evaluate", dict(type=at_least(0), default=512, help="how many of its sequences, "
-                                    "the first; 0 = all (default: 512)")),
-    "--generate": ("evaluate", dict(type=at_least(0), default=0, help="how many prompts to write "
-                                    "texts for, if need be (default: 0 = all)")),
-    "--beams": ("evaluate", dict(type=at_least(1), default=1,
-                                 help="for these texts (default: 1, greedy; for e2e: 10)")),
-    "--outputs": ("evaluate", dict(action="store_true", help="write outputs.txt and references.txt "
-                                   "as e2e-metrics reads")),
-    "--metric": ("table", dict(choices=MEASURES,
-                               help="what to show (default: what the data asks for)")),
-    "--format": ("table", dict(choices=("markdown", "csv", "latex"), default="markdown",
-                               help="default: markdown")),
-    "--out": ("figures", dict(default="figures", help="the folder to draw into (default: figures)")),
-    "--prompt": ("sample", dict(required=True, help="the text to continue")),
-    "--tokens": ("sample", dict(type=at_least(0), default=120,
-                                help="how many to write at most (default: 120)"))}
+class Flag(NamedTuple):
+    kind: object  # its type, its choices, or None: a switch
+    about: str
+    default: object = None
+    tiny: object = None  # the default for the model `tiny`
+    within: str = None  # what a number must be
+
+
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
+def parse(parser, groups, words):
+    """The flags in `words`, None where they are not given. A mistake is `parser.error`'s."""
+    for title, flags in groups.items():
+        group = parser.add_argument_group(title)
+        for name, (kind, about, default, tiny, _) in flags.items():
+            usual = [str(default)] * (default is not None) + [f"tiny: {tiny}"] * (tiny is not None)
+            about += f" (default: {'; '.join(usual)})" * bool(usual)
+            how = dict(type=kind) if callable(kind) else dict(choices=kind)
+            if kind is None:
+                how = dict(action="store_true", default=None)
+            if name == "runs":
+                parser.add_argument(name, metavar="RUN", nargs="+", help=about)
+            else:
+                group.add_argument(flag_of(name), help=about, **how)
+    args = parser.parse_args(words)
+    for name, flag in (item for flags in groups.values() for item in flags.items()):
+        value = getattr(args, name)
+        if flag.within and value is not None and not RANGES[flag.within](value):
+            parser.error(f"{flag_of(name)} {value} is out of range: it must be {flag.within}")
+    device = getattr(args, "device", None) or "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        parser.error(f"--device {device}: it is cuda or cpu")
+    if device != "cpu" and not torch.cuda.is_available():
+        parser.error(f"--device {device}: this machine, or this build of torch, has no CUDA; use "
+                     "--device cpu")
+    return args
+
+
+RUNS = Flag(str, "the folders of finished runs")
+DENSE = Flag(str, "the dense model's folder (default: the run of the same data, model and seed "
+             "beside RUN)")
+DEVICE = Flag(str, "cuda or cpu", "cuda" if torch.cuda.is_available() else "cpu")
+FLAGS = dict(
+    evaluate=dict(
+        runs=RUNS, dense=DENSE, device=DEVICE,
+        dataset=Flag(data.DATASETS, "what to measure on (default, as of the next three: the run's)"),
+        data_path=Flag(str, "a local folder with the data"),
+        data_config=Flag(str, "the data's configuration"),
+        block_size=Flag(int, "tokens per sequence (of a folder with only a model: its context)",
+                        within=ABOVE_0),
+        split=Flag(("train", "validation"), "to measure redundancy on", "train"),
+        examples=Flag(int, "how many of its sequences; 0 = all", 512, None, AT_LEAST_0),
+        generate=Flag(int, "how many prompts to write texts for, if need be; 0 = all", 0, None,
+                      AT_LEAST_0),
+        beams=Flag(int, "for these texts (for e2e: 10)", 1, None, ABOVE_0),
+        outputs=Flag(None, "write outputs.txt and references.txt as e2e-metrics reads")),
+    table=dict(
+        runs=RUNS, metric=Flag(MEASURES, "what to show (default: what the data asks for)"),
+        format=Flag(("markdown", "csv", "latex"), "of the table", "markdown")),
+    figures=dict(runs=RUNS, out=Flag(str, "the folder to draw into", "figures")),
+    sample=dict(
+        runs=RUNS, dense=DENSE, device=DEVICE, prompt=Flag(str, "the text to continue", ""),
+        tokens=Flag(int, "how many to write at most", 120, None, AT_LEAST_0)))
 
 
 def call(commands, flags, about):
     """Call the one of `commands` that the command line names, or the first. A mistake ends in one
     line and status 2."""
-    names, words = [command.__name__ for command in commands], sys.argv[1:]
-    name = words.pop(0) if words and words[0] in names else names[0]
+    words, commands = sys.argv[1:], {command.__name__: command for command in commands}
+    name = words.pop(0) if words and words[0] in commands else next(iter(commands))
     parser = argparse.ArgumentParser(description=about,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.print_usage = lambda file: None  # so that a mistake takes one line
-    for flag, (having, how) in flags.items():
-        if name in having.split():
-            parser.add_argument(flag, **how)
-    args = parser.parse_args(words)
-    device = getattr(args, "device", "cpu")
-    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-        parser.error(f"--device {device}: it is cpu, or cuda where this machine and this build of "
-                     "torch have it")
+    args = parse(parser, {name: flags[name]}, words)
+    for flag, one in flags[name].items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, one.default if one.kind else False)
     try:
-        commands[names.index(name)](args)
+        commands[name](args)
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
 

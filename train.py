@@ -21,7 +21,6 @@ from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,6 +31,7 @@ from tqdm import tqdm
 
 import data
 import measure
+from measure import ABOVE_0, AT_LEAST_0, SHARE, Flag, flag_of
 from model import GPT, SHAPES, GPTConfig
 from prune import METHODS, HeadLoss, Pruner, defaults_of, lr_factor, shrink, v_at
 
@@ -442,22 +442,10 @@ def report(metrics, folder):
     print(f"\nthe model, its log and metrics are in {folder}")
 
 
-# The flags. Defaults are the paper's (Appendix F) or its released code's; what depends on other flags
+# The flags. Defaults are the paper's (Appendix F) or its released code's; what depends on others
 # is in `resolve`. `tiny`, trained from scratch, has some of its own.
 
 
-class Flag(NamedTuple):
-    kind: object  # its type, its choices, or None: a switch
-    about: str
-    default: object = None
-    tiny: object = None  # the default for `tiny`
-    within: str = None  # what a number must be
-
-
-ABOVE_0, AT_LEAST_0, SHARE = "above 0 and finite", "at least 0", "in (0, 1]"
-RANGES = {ABOVE_0: lambda x: 0 < x < math.inf, AT_LEAST_0: lambda x: 0 <= x < math.inf,
-          SHARE: lambda x: 0 < x <= 1, "in [0, 1)": lambda x: 0 <= x < 1,
-          "from 0 to 2^31 - 1": lambda x: 0 <= x < 2**31}
 BLOCK_SIZE = dict(stdlib=64, toysql=256, wikisql=512, e2e=512, wikitext=1024, samsum=1024)  # tokens
 USUAL = defaults_of("topv")
 FLAGS = {
@@ -507,7 +495,7 @@ FLAGS = {
         alpha_kd=Flag(float, "weight of the teacher's", 0.5, None, AT_LEAST_0),
         temperature=Flag(float, "of both distributions", 2.0, None, ABOVE_0)),
     "machine": dict(
-        device=Flag(str, "cuda or cpu", "cuda" if torch.cuda.is_available() else "cpu"),
+        device=measure.DEVICE,
         dtype=Flag(("float32", "bfloat16"),
                    "of the matrix products (default: bfloat16 on a GPU that has it)"),
         compile=Flag(None, "compile the blocks with torch.compile: slow to start, then faster"),
@@ -517,10 +505,6 @@ FLAGS = {
         eval_every=Flag(int, "steps between evaluations on part of the validation split (default: "
                         "a fifth of all steps)", within=ABOVE_0))}
 ALL_FLAGS = {name: one for group in FLAGS.values() for name, one in group.items()}
-
-
-def flag_of(name):
-    return "--" + name.replace("_", "-")
 
 
 def fail(message):
@@ -541,28 +525,14 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(allow_abbrev=False,
                                      description="Fine-prune the MLP neurons of GPT-2 and GPT-Neo.")
     parser.error = lambda message: fail(f"{message}; see --help")
-    for title, flags in FLAGS.items():
-        group = parser.add_argument_group(title)
-        for name, one in flags.items():
-            usual = {"": one.default, "tiny: ": one.tiny}
-            usual = "; ".join(f"{of}{value}" for of, value in usual.items() if value is not None)
-            about = one.about + f" (default: {usual})" * bool(usual)
-            how = dict(type=one.kind) if callable(one.kind) else dict(choices=one.kind)
-            if one.kind is None:
-                how = dict(action="store_true", default=None)
-            group.add_argument(flag_of(name), help=about, **how)
-    args = parser.parse_args(argv)
-    for name, one in ALL_FLAGS.items():
-        value = getattr(args, name)
-        if one.within and value is not None and not RANGES[one.within](value):
-            fail(f"{flag_of(name)} {value} is out of range: it must be {one.within}")
+    args = measure.parse(parser, FLAGS, argv)
     check_together(args)
     return args
 
 
 def check_together(args):
-    """End the program where flags make no sense together, or on this machine."""
-    name, device = args.method or ALL_FLAGS["method"].default, args.device or "cpu"
+    """End the program where flags make no sense together."""
+    name = args.method or ALL_FLAGS["method"].default
     unique = defaults_of(name)["lambda_gum"] if args.lambda_gum is None else args.lambda_gum
     given = {group: ", ".join(flag_of(flag) for flag in flags if getattr(args, flag) is not None)
              for group, flags in FLAGS.items()}
@@ -579,10 +549,7 @@ def check_together(args):
         (args.compile and args.gradient_checkpointing,
          "--compile and --gradient-checkpointing do not go together"),
         (args.steps and args.epochs, "--steps and --epochs both say how long: give one of them"),
-        (args.distill and args.label_smoothing, "--label-smoothing does not go with --distill"),
-        (not re.fullmatch(r"cpu|cuda(:\d+)?", device), f"--device {device}: it is cuda or cpu"),
-        (device != "cpu" and not torch.cuda.is_available(), f"--device {device}: this machine, or "
-         "this build of torch, has no CUDA; use --device cpu")):
+        (args.distill and args.label_smoothing, "--label-smoothing does not go with --distill")):
         if wrong:
             fail(message)
 

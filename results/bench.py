@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import data
 import measure
-from measure import at_least, timed
+from measure import ABOVE_0, Flag, timed
 from model import GPT, SHAPES, GPTConfig, KVCache, read_config
 from prune import Pruner, v_at
 from train import fine_prune, make_optimizer
@@ -266,25 +266,22 @@ def generation(args):
                   "8; the model computes the same")
 
 
-def number(default, about):
-    return dict(type=at_least(1), default=default, help=f"{about} (default: {default})")
+def number(about, default=None):
+    return Flag(int, about, default, within=ABOVE_0)
 
 
-BOTH, SWITCH = "steps generation", dict(action="store_true", help="as in train.py")
-FLAGS = {  # as in measure.py
-    "runs": ("generation", measure.FLAGS["runs"][1]),
-    "--dense": ("generation", measure.FLAGS["--dense"][1]),
-    "--device": (BOTH, measure.FLAGS["--device"][1]),
-    "--dtype": (BOTH, dict(choices=("float32", "bfloat16"), default="float32")),
-    "--rounds": (BOTH, number(5, "how often to time each thing")),
-    "--model": ("steps", dict(default="tiny", help="whose shape to give to random weights: "
-                              f"{', '.join(SHAPES)}, or a folder (default: tiny)")),
-    "--batch-size": ("steps", number(4, "sequences per step")),
-    "--block-size": ("steps", number(256, "tokens per sequence")),
-    "--accumulate": ("steps", number(1, "in so many micro-batches")),
-    "--sim-tokens": ("steps", number(None, "time gum with so many for the similarity, too")),
-    "--distill": ("steps", dict(action="store_true", help="time all with a teacher, too")),
-    "--compile": ("steps", SWITCH), "--gradient-checkpointing": ("steps", SWITCH)}
+MACHINE = dict(device=measure.DEVICE, rounds=number("how often to time each thing", 5),
+               dtype=Flag(("float32", "bfloat16"), "of the matrix products", "float32"))
+FLAGS = dict(
+    steps=dict(
+        model=Flag(str, f"whose shape to give to random weights: {', '.join(SHAPES)}, or a folder",
+                   "tiny"),
+        batch_size=number("sequences per step", 4), block_size=number("tokens per sequence", 256),
+        accumulate=number("in so many micro-batches", 1),
+        sim_tokens=number("time gum with so many tokens for the similarity, too"),
+        distill=Flag(None, "time all with a teacher, too"), compile=Flag(None, "as in train.py"),
+        gradient_checkpointing=Flag(None, "as in train.py"), **MACHINE),
+    generation=dict(runs=measure.RUNS, dense=measure.DENSE, **MACHINE))
 
 
 def main():
