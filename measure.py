@@ -141,9 +141,9 @@ def activation_statistics(model, examples, tokens=2048, first=None):
     """Sensitivity, and C of each layer, from one pass over a split or its `first` sequences.
 
     Sensitivity = sum_l sum_i |h_i(X) . dL/dh_i(X)| (Appendix E), the mean over sequences X, in
-    nats: the dot product is over X's tokens, L is X's own mean loss. C [k, k] = sum over real tokens of
-    h^T h, Algorithm 1 without decay, in float64, so that no order of summing shows: 8 k^2 bytes a
-    layer, 0.9 GB in all for gpt2, 13 GB for GPT-Neo-1.3B.
+    nats: the dot product is over X's tokens, L is X's own mean loss. C [k, k] = sum over real
+    tokens of h^T h, Algorithm 1 without decay, in float64, so that no order of summing shows: 0.9
+    GB in all for gpt2, 13 GB for GPT-Neo-1.3B.
     """
     hs, total, count = [], 0.0, 0
     Cs = [model.wte.weight.new_zeros(k, k, dtype=torch.float64) for k in model.config.mlp_widths]
@@ -410,13 +410,12 @@ def parse(parser, groups, words):
 
 
 RUNS = Flag(str, "the folders of finished runs")
-DENSE = Flag(str, "the dense model's folder (default: the run of the same data, model and seed "
-             "beside RUN)")
+DENSE = Flag(str, "the dense model's folder (default: the dense run like RUN beside it)")
 DEVICE = Flag(str, "cuda or cpu", "cuda" if torch.cuda.is_available() else "cpu")
 FLAGS = dict(
     evaluate=dict(
         runs=RUNS, dense=DENSE, device=DEVICE,
-        dataset=Flag(data.DATASETS, "what to measure on (default, as of the next three: the run's)"),
+        dataset=Flag(data.DATASETS, "what to measure on (as the next three: the run's)"),
         data_path=Flag(str, "a local folder with the data"),
         data_config=Flag(str, "the data's configuration"),
         block_size=Flag(int, "tokens per sequence (of a folder with only a model: its context)",

@@ -40,7 +40,7 @@ PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_S
 
 
 def make_optimizer(model, pruner, args):
-    """AdamW over weights, what is not decayed (biases and norms), and scores at their own rate."""
+    """AdamW over weights, what does not decay (biases, norms), and scores at their own rate."""
     groups = [dict(params=[p for p in model.parameters() if p.dim() >= 2], peak=args.lr,
                    weight_decay=args.weight_decay),
               dict(params=[p for p in model.parameters() if p.dim() < 2], peak=args.lr)]
@@ -105,7 +105,7 @@ def train(args, steps, model, teacher, train_data, val_data, checkpoint, stop):
     pruner = Pruner(model, args.method, args.leftover, steps, args.scope, args.lambda_mvp,
                     args.lambda_gum, args.lambda_sim, args.tau, args.seed)
     optimizer = make_optimizer(model, pruner, args)
-    progress = SimpleNamespace(step=0, saved=0, seconds=0.0, tokens=0, loss=0.0, norm=0.0, since=0)
+    progress = SimpleNamespace(step=0, saved=0, since=0, loss=0.0, norm=0.0, tokens=0, seconds=0.0)
     parts = dict(model=model, pruner=pruner, optimizer=optimizer)
     if checkpoint is not None:
         progress = SimpleNamespace(**checkpoint["progress"])
@@ -193,9 +193,9 @@ def check_finite(progress, args):
     """Fetch loss and norm from the device; FloatingPointError if one is not a number."""
     progress.loss, progress.norm = float(progress.loss), float(progress.norm)
     if not math.isfinite(progress.loss + progress.norm):
-        raise FloatingPointError(
-            f"the loss is no longer a finite number at step {progress.step}; the checkpoint of "
-            f"step {progress.saved} is kept; try a lower --lr than {args.lr:g}")
+        raise FloatingPointError(f"the loss is no longer a finite number at step {progress.step}; "
+                                 f"the checkpoint of step {progress.saved} is kept; try less than "
+                                 f"--lr {args.lr:g}")
 
 
 # A run's folder holds settings.json, log.jsonl and checkpoint.pt; at its end config.json,
@@ -257,7 +257,7 @@ def check_folder(args):
         raise ValueError(f"{out} exists and is no run's folder: name another with --out")
     if args.resume:
         if state == "new":
-            raise ValueError(f"nothing to resume in {out}: run the same command without --resume")
+            raise ValueError(f"nothing to resume in {out}: run the command without --resume")
         different = [f"{name} is {found.settings.get(name)} there and {value} here" for name, value
                      in settings_of(args).items() if found.settings.get(name) != value]
         if different:
@@ -267,8 +267,7 @@ def check_folder(args):
     if state == "finished":
         raise ValueError(f"{out} holds a finished run: name another with --out, or remove it")
     if (out / "checkpoint.pt").exists():
-        raise ValueError(f"{out} holds an interrupted run: add --resume to its command to go on, "
-                         "or remove it")
+        raise ValueError(f"{out} holds an interrupted run: go on with --resume, or remove it")
     return "new"
 
 
@@ -282,8 +281,8 @@ def locked(folder, wait):
         with FileLock(folder / LOCK, timeout=-1 if wait else 0):
             yield
     except Timeout as error:
-        raise ValueError(f"another process is at work in {folder}: wait for it, or name another "
-                         "--out") from error
+        raise ValueError(f"another process is at work in {folder}: wait, or name another --out"
+                         ) from error
     (folder / LOCK).unlink(missing_ok=True)  # the run is finished: nobody will make it again
 
 
@@ -314,7 +313,7 @@ def run(flags, implied=False):
     args = resolve(flags)
     if args.accumulate * PROCESSES > args.batch_size:
         raise ValueError(f"--accumulate {args.accumulate} on {PROCESSES} processes is more than "
-                         f"the {args.batch_size} sequences of a batch")
+                         f"--batch-size {args.batch_size}")
     out, tiny = Path(args.out), args.model == "tiny"
     dense, dense_flags = dense_run(args, flags)
     state, has_dense = told_by_first(
@@ -333,8 +332,7 @@ def run(flags, implied=False):
     vocab_size, n_positions = model.config.vocab_size, model.config.n_positions
     block_size = args.block_size or min(BLOCK_SIZE[args.dataset], n_positions)
     if block_size > n_positions:
-        raise ValueError(f"--block-size {block_size} is longer than the model's context of "
-                         f"{n_positions} tokens")
+        raise ValueError(f"--block-size {block_size} exceeds the model's context of {n_positions}")
     train_data, val_data = (data.load(args.dataset, split, vocab_size, block_size, args.data_path,
                                       args.data_config) for split in ("train", "validation"))
     if args.method != "none" and not sum(model.config.mlp_widths):
@@ -344,8 +342,8 @@ def run(flags, implied=False):
         teacher = load_model(args.teacher or dense, args)
         known = teacher.config
         if known.vocab_size != vocab_size or known.n_positions < block_size:
-            raise ValueError(f"the teacher has a vocabulary of {known.vocab_size} and a context of "
-                             f"{known.n_positions} tokens, not {vocab_size} and {block_size}")
+            raise ValueError(f"the teacher has a vocabulary of {known.vocab_size}, a context of "
+                             f"{known.n_positions}, not {vocab_size} and {block_size}")
     steps = args.steps or max(1, round(args.epochs * len(train_data) / args.batch_size))
     checkpoint, file = None, out / "checkpoint.pt"
     if state == "interrupted" and file.exists():
@@ -387,9 +385,8 @@ def run(flags, implied=False):
             models = load_model(source, args).eval(), load_model(out, args).eval()
             metrics |= compare(*models, val_data, args)
             metrics["versions"] = dict(python=platform.python_version(), torch=torch.__version__)
-            metrics["machine"] = platform.machine()
-            if args.device != "cpu":
-                metrics["machine"] = torch.cuda.get_device_name(args.device)
+            metrics["machine"] = (platform.machine() if args.device == "cpu" else
+                                  torch.cuda.get_device_name(args.device))
             measure.write_whole(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
             for file in ("checkpoint.pt", "settings.json"):
                 (out / file).unlink(missing_ok=True)
@@ -435,8 +432,8 @@ def report(metrics, folder):
     wanted, total = metrics["leftover_wanted"], sum(start["widths"])
     print(f"neurons left: {metrics['leftover']:.2%} of {total:,} ({wanted:.2%} wanted)")
     print("neurons per layer:", *start["widths"], "->", *result["widths"])
-    print(f"{metrics['steps']} steps in {metrics['seconds']:.0f} s, "
-          f"{metrics['tokens_per_second']:,.0f} tokens/s")
+    speed = metrics["tokens_per_second"]
+    print(f"{metrics['steps']} steps in {metrics['seconds']:.0f} s, {speed:,.0f} tokens/s")
     for name, model in ((before, start), (method, result)):
         print(f"\n--- {name} writes:\n{model['sample']}")
     print(f"\nthe model, its log and metrics are in {folder}")
@@ -462,7 +459,7 @@ FLAGS = {
     "data": dict(
         dataset=Flag(data.DATASETS, "what to train on", "stdlib"),
         data_path=Flag(str, "a local folder with the data in the Hub's layout"),
-        data_config=Flag(str, "the data's configuration (wikitext: wikitext-103-v1)"),
+        data_config=Flag(str, "its configuration (wikitext: wikitext-103-v1)"),
         block_size=Flag(int, f"tokens per sequence (default: {str(BLOCK_SIZE)[1:-1]}, at most the "
                         "model's context)", within=ABOVE_0)),
     "training": dict(
@@ -498,12 +495,12 @@ FLAGS = {
         device=measure.DEVICE,
         dtype=Flag(("float32", "bfloat16"),
                    "of the matrix products (default: bfloat16 on a GPU that has it)"),
-        compile=Flag(None, "compile the blocks with torch.compile: slow to start, then faster"),
-        gradient_checkpointing=Flag(None, "compute activations twice instead of keeping them"),
+        compile=Flag(None, "torch.compile the blocks: slow to start, then faster"),
+        gradient_checkpointing=Flag(None, "compute activations twice, keep none"),
         checkpoint_every=Flag(int, "steps between checkpoints", 500, 200, ABOVE_0),
         log_every=Flag(int, "steps between lines of log.jsonl", 10, 20, ABOVE_0),
-        eval_every=Flag(int, "steps between evaluations on part of the validation split (default: "
-                        "a fifth of all steps)", within=ABOVE_0))}
+        eval_every=Flag(int, "steps between evaluations on some validation data (default: a fifth "
+                        "of all)", within=ABOVE_0))}
 ALL_FLAGS = {name: one for group in FLAGS.values() for name, one in group.items()}
 
 
@@ -539,7 +536,7 @@ def check_together(args):
     pruning, distilling = given["pruning"], given["distillation"]
     for wrong, message in (
         (name == "none" and pruning and (pruning, args.leftover) != ("--leftover", 1.0),
-         f"{pruning} means nothing with --method none: all neurons stay"),
+         f"{pruning} means nothing with --method none: all stay"),
         (METHODS[name].threshold and args.scope, f"--scope means nothing with --method {name}"),
         (unique and not METHODS[name].learned,
          f"--lambda-gum goes with learned scores, not --method {name}"),
