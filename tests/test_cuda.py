@@ -17,7 +17,7 @@ def test_training_on_a_gpu_is_the_reference(number):
     # In float64. The scores of a kept and a pruned neuron are never closer than 1e-7.
     method, scope, how = TRAININGS[number]
     how = how | (dict(teacher=make_model(seed=5).cuda()) if "teacher" in how else {})
-    run = trained(method, make_batches(40), parts=2, model=make_model().cuda(), scope=scope, **how)
+    run = trained(method, make_batches(30), parts=2, model=make_model().cuda(), scope=scope, **how)
     assert_same(run, expected(number))
 
 

@@ -290,7 +290,7 @@ NAMES = ["-".join([method, str(scope), *how]) for method, scope, how in TRAINING
 @lru_cache
 def expected(number):
     method, scope, how = TRAININGS[number]
-    return reference(method, make_batches(40), scope=scope, **how)
+    return reference(method, make_batches(30), scope=scope, **how)
 
 
 @pytest.mark.parametrize("way", [1, 2, 4, "checkpointed"])
@@ -300,7 +300,7 @@ def test_training_is_the_reference_however_a_step_is_cut_up(number, way):
     (method, scope, how), model = TRAININGS[number], make_model()
     model.gradient_checkpointing = way == "checkpointed"
     parts = 2 if way == "checkpointed" else way
-    run = trained(method, make_batches(40), model=model, parts=parts, scope=scope, **how)
+    run = trained(method, make_batches(30), model=model, parts=parts, scope=scope, **how)
     assert_same(run, expected(number))
     assert comebacks(run.kept) > 0 or method not in LEARNED
     if method not in ("none", "soft"):  # which may leave more
