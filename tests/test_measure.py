@@ -96,9 +96,9 @@ def brute_force(kind, which):
     return loss / asked, sensitivity / len(examples), Cs
 
 
-def uniqueness_by_hand(C):
-    cos = [[abs(C[i, j]) / (C[i, i] * C[j, j]) ** 0.5 for j in range(len(C))] for i in range(len(C))]
-    return [not any(cosine >= 0.8 for cosine in row[i + 1 :]) for i, row in enumerate(cos)]
+def cosines_by_hand(C):
+    return [[abs(C[i, j]) / (C[i, i] * C[j, j]) ** 0.5 for j in range(len(C))]
+            for i in range(len(C))]
 
 
 def span_by_hand(C, ridge=1e-6):
@@ -125,10 +125,14 @@ def test_loss_and_redundancy_equal_brute_force(kind, rel, which, tokens):  # tra
     for C, expected_C in zip(Cs, expected_Cs):
         assert (C - expected_C).abs().max() <= rel * expected_C.abs().max()
     values, counts = measure.redundancy(Cs)
-    assert 0 < values["uniqueness"] < 1 and [sum(of_layer) for of_layer in counts] == list(WIDTHS)
-    for name, by_hand in ("uniqueness", uniqueness_by_hand), ("span_uniqueness", span_by_hand):
-        shares = [share for C in Cs for share in by_hand(C)]
-        assert values[name] == pytest.approx(statistics.fmean(shares), rel=1e-7)
+    shares = [share for C in Cs for share in span_by_hand(C)]
+    assert values["span_uniqueness"] == pytest.approx(statistics.fmean(shares), rel=1e-7)
+    rows = [(i, row) for C in Cs for i, row in enumerate(cosines_by_hand(C))]
+    shares = [not any(cosine >= 0.8 for cosine in row[i + 1 :]) for i, row in rows]
+    assert values["uniqueness"] == pytest.approx(statistics.fmean(shares)) and 0 < sum(shares) < 41
+    largest = [max(row[:i] + row[i + 1 :]) for i, row in rows]
+    for of_layer, chosen in zip(counts, (largest[:24], largest[24:])):
+        assert of_layer == [sum(n / 10 <= x < (n + 1) / 10 for x in chosen) for n in range(10)]
 
 
 def test_only_the_first_sequences_or_batches_count_when_asked():
@@ -170,14 +174,6 @@ def test_what_is_in_the_span_of_others_is_not_unique_though_its_cosines_are_smal
     assert measure.span_residuals(torch.zeros(3, 3, dtype=torch.float64)).tolist() == [0, 0, 0]
     h = normal(10, 30)
     assert measure.span_residuals(h.T @ h).max() < 1e-3  # more neurons than tokens
-
-
-def test_the_counts_are_of_the_largest_similarity():
-    h = normal(40, 12, seed=4)
-    cosines = [max(abs(F.cosine_similarity(h[:, i], h[:, j], 0)) for j in range(12) if j != i)
-               for i in range(12)]
-    expected = [sum(n / 10 <= cosine < (n + 1) / 10 for cosine in cosines) for n in range(10)]
-    assert measure.redundancy([h.T @ h, torch.zeros(0, 0)])[1] == [expected, [0] * 10]
 
 
 # Exact match and texts.
@@ -229,10 +225,10 @@ def test_texts_are_written_once_per_distinct_prompt_and_have_all_its_references(
 # Runs: the command line.
 
 
-def run(*flags, model="small", dataset="stdlib", block_size=64):
-    words = ["--model", model, "--dataset", dataset, "--block-size", block_size, "--steps", 6,
-             "--batch-size", 2, "--lr", 1e-2, "--log-every", 2, "--device", "cpu", *flags]
-    return train.run(train.parse(list(map(str, words))))
+def run(*flags, dataset="stdlib"):
+    words = (f"--model small --dataset {dataset} --block-size 64 --steps 6 --batch-size 2 --lr 1e-2 "
+             "--log-every 2 --device cpu")
+    return train.run(train.parse([*words.split(), *flags]))
 
 
 def save(folder, kind="gpt2", widths=(), scale=2.0):
@@ -255,7 +251,7 @@ def evaluate(*words):
 def test_runs_of_every_method_are_measured_tabled_and_drawn(kind, capsys):
     save("small", kind, scale=1.0)
     metrics = {method: run("--method", method, "--out", f"out/{method}", *(
-        [] if method == "none" else ["--leftover", 0.25])) for method in prune.METHODS}
+        [] if method == "none" else ["--leftover", "0.25"])) for method in prune.METHODS}
     folders = [f"out/{method}" for method in prune.METHODS]
     dense = evaluate("out/none")
     assert set(dense["ratios"].values()) == {1.0}  # it is its own dense run
@@ -263,8 +259,8 @@ def test_runs_of_every_method_are_measured_tabled_and_drawn(kind, capsys):
         found, model = evaluate(folder), GPT.from_pretrained(folder)
         values, result = found["values"], metrics[method]["result"]
         assert values["perplexity"] == pytest.approx(result["val_perplexity"], rel=1e-5)
-        for name in ("leftover", "leftover_per_layer"):
-            assert (values | found)[name] == metrics[method][name]
+        assert (values["leftover"], found["leftover_per_layer"]) == tuple(
+            metrics[method][name] for name in ("leftover", "leftover_per_layer"))
         split = load_once("stdlib", "train", 257, 64, None, None)
         sensitivity, Cs = measure.activation_statistics(model, split, first=8)
         assert values["sensitivity"] == pytest.approx(sensitivity)
@@ -278,8 +274,8 @@ def test_runs_of_every_method_are_measured_tabled_and_drawn(kind, capsys):
     measure.measure.cache_clear()
     evaluate("out/gum")
     assert Path("out/gum/measure.json").read_bytes() == first
-    assert sorted(os.listdir("out/gum")) == ["config.json", "log.jsonl", "measure.json",
-                                             "metrics.json", "model.safetensors"]
+    files = "config.json log.jsonl measure.json metrics.json model.safetensors"
+    assert sorted(os.listdir("out/gum")) == files.split()
     assert "| GUM |" in table_of(capsys, *folders) and len(drawn_by(folders)) == 5
     for _ in range(2):
         main("sample", "out/gum", "--prompt", "def f(x):", "--tokens", 20, "--device", "cpu")
@@ -291,38 +287,31 @@ def test_runs_of_every_method_are_measured_tabled_and_drawn(kind, capsys):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_folder_with_only_a_model_is_measured(kind):
-    save("shrunk", kind, (5, 0))
-    save("full", kind, (8, 4))
+    for name, widths in ("shrunk", (5, 0)), ("full", (8, 4)), ("none", (0, 0)):
+        save(name, kind, widths)
     found = evaluate("shrunk", "--dataset", "toysql", "--dense", "full")
     assert found["leftover_per_layer"] == [5 / 8, 0] and found["values"]["leftover"] == 5 / 12
     assert 0 <= found["values"]["exact_match"] <= 1 and found["ratios"]["sensitivity"] > 0
+    assert sum(found["counts"][0]) == 5 and found["counts"][1] == [0] * 10
     found = evaluate("shrunk", "--dataset", "stdlib", "--block-size", 32)
     assert found["leftover_per_layer"] is None and found["dense"] is None
-
-
-def test_numbers_that_do_not_exist_are_null():
-    save("empty", widths=(0, 0))
-    found = evaluate("empty", "--dataset", "stdlib", "--dense", "empty")
+    found = evaluate("none", "--dataset", "stdlib", "--dense", "none")  # what does not exist is null
     assert found["values"]["uniqueness"] is None and found["ratios"]["sensitivity"] is None
     assert found["values"]["sensitivity"] == 0 and found["ratios"]["perplexity"] == 1
 
 
-@pytest.mark.parametrize("dataset,columns,rows,references", [
-    ("e2e", ("meaning_representation", "human_reference"),
-     [("name[Aromi]", "Aromi is here ."), ("name[Aromi]", "There is Aromi ."),
-      ("name[Zizzi], food[French]", "Zizzi is French .")],
-     ["Aromi is here .\nThere is Aromi .\n", "Zizzi is French .\n"]),
-    ("samsum", ("dialogue", "summary"),
-     [("Ann: Lunch at noon?\nBob: At one.", "Ann and Bob will have lunch at one."),
-      ("Eve: Where are my keys?\nTom: On the fridge!", "Eve's keys are on the fridge.")],
-     ["Ann and Bob will have lunch at one.\n", "Eve's keys are on the fridge.\n"])])
-def test_texts_are_scored_and_read_back_as_e2e_metrics_reads_them(dataset, columns, rows, references):
-    for name in ("train", "validation"):
-        Path("data", name).mkdir(parents=True)
+@pytest.mark.parametrize("dataset,columns", [("samsum", ["dialogue", "summary"]),
+                                             ("e2e", ["meaning_representation", "human_reference"])])
+def test_texts_are_scored_and_read_back_as_e2e_metrics_reads_them(dataset, columns):
+    rows = [("name[Aromi]", "Aromi is here ."), ("name[Aromi]", "There is Aromi ."),
+            ("name[Zizzi], food[French]", "Zizzi is French .")]
+    references = ["Aromi is here .\nThere is Aromi .\n", "Zizzi is French .\n"]
+    for split in ("train", "validation"):
+        Path("data", split).mkdir(parents=True)
         lines = [json.dumps(dict(zip(columns, row))) + "\n" for row in rows]
-        Path("data", name, "0.jsonl").write_text("".join(lines))
+        Path("data", split, "0.jsonl").write_text("".join(lines))
     save("small", scale=1.0)
-    run("--data-path", "data", "--out", "run", dataset=dataset, block_size=128)
+    run("--data-path", "data", "--out", "run", dataset=dataset)
     values = evaluate("run", "--outputs")["values"]
     assert Path("run/references.txt").read_text() == "\n".join(references)
     outputs = Path("run/outputs.txt").read_text().split("\n")[:-1]
@@ -400,11 +389,11 @@ def test_a_table_has_means_and_sample_standard_deviations_over_seeds(fakes, caps
     for (method, leftover), values in EXACT.items():
         for label, scale in ("", 1), (", distilled", 0.5):
             text = table[prune.METHODS[method].name + label][str(leftover)]
-            mean, *std, n = [float(number) for number in re.findall(r"[\d.]+", text)]
-            assert mean == pytest.approx(scale * statistics.mean(values), rel=1e-3)
-            assert n == len(values) and len(std) == (n > 1)
-            if std:
-                assert std == [pytest.approx(scale * statistics.stdev(values), rel=0.05)]
+            expected = [scale * statistics.mean(values), len(values)]
+            if len(values) > 1:
+                expected.insert(1, scale * statistics.stdev(values))
+            numbers = [float(number) for number in re.findall(r"[\d.]+", text)]
+            assert numbers == pytest.approx(expected, rel=0.05)
     assert table["Top_v"]["0.1"] == "-"
     assert "0.13" in table["Soft movement"]["0.1"]  # it left more than it was asked to
     for form, between in ("markdown", " | "), ("latex", " & "):
@@ -431,24 +420,13 @@ def drawn_by(folders):
     return {name.removesuffix("-toysql-small"): figure for name, figure in seen.items()}
 
 
-def test_figures_are_drawn_and_not_blank(fakes):
+def test_figures_show_the_runs_and_are_not_blank(fakes):
     from matplotlib import image
 
-    assert drawn_by(fakes).keys() == {"redundancy-ratios", "redundancy-values", "layers", *(
+    figures, left = drawn_by(fakes), "share of neurons left"
+    assert figures.keys() == {"redundancy-ratios", "redundancy-values", "layers", *(
         f"{kind}-{which}" for kind in ("similarity", "training")
         for which in ("0.25", "0.1", "0.25-distilled", "0.1-distilled"))}
-    main("figures", *fakes[:1], *(folder for folder in fakes if "none" in folder), "--out", "drawn")
-    names = ["layers", "redundancy-ratios", "redundancy-values", "similarity-0.1", "training-0.1"]
-    assert sorted(os.listdir("drawn")) == [f"{name}-toysql-small.{form}" for name in names
-                                           for form in ("pdf", "png")]
-    for path in Path("drawn").glob("*.png"):
-        pixels = image.imread(path)
-        dark = (pixels[..., :3].min(2) < 0.9).mean()
-        assert pixels.shape[1] == 1800 and 0.01 < dark < 0.5, path
-
-
-def test_the_curves_are_those_of_the_runs(fakes):
-    figures, left = drawn_by(fakes), "share of neurons left"
     without, taught = (figures["redundancy-values"][0][
         how + " distillation", "leftover wanted (share of neurons)", "sensitivity (nats)"]
         for how in ("without", "with"))
@@ -464,6 +442,14 @@ def test_the_curves_are_those_of_the_runs(fakes):
     of_gum = figures["training-0.25"][0]["GUM", "step", left]
     assert {curve for curve, *_ in of_gum} == {"layer 1", "layer 2"}
     assert all(xs == [*range(1, 30)] and ys == [5 / 20] * 29 for _, xs, ys in of_gum)
+    main("figures", *fakes[:1], *(folder for folder in fakes if "none" in folder), "--out", "drawn")
+    names = ["layers", "redundancy-ratios", "redundancy-values", "similarity-0.1", "training-0.1"]
+    assert sorted(os.listdir("drawn")) == [f"{name}-toysql-small.{form}" for name in names
+                                           for form in ("pdf", "png")]
+    for path in Path("drawn").glob("*.png"):
+        pixels = image.imread(path)
+        dark = (pixels[..., :3].min(2) < 0.9).mean()
+        assert pixels.shape[1] == 1800 and 0.01 < dark < 0.5, path
 
 
 def test_every_method_has_its_own_look_also_a_new_one(fakes, monkeypatch, capsys):
@@ -516,17 +502,13 @@ def test_a_mistake_gets_one_line_and_status_2(words, says, capsys):
                           ("damaged/metrics", "{half"), ("cut/measure", "{}")):
         os.mkdir(Path(name).parent)
         Path(f"{name}.json").write_text(content)
-    with pytest.raises(SystemExit) as stopped:
-        main(*words.split())
-    assert stopped.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith("measure.py: error: ")
-    assert len(lines) <= 1 + lines[0].startswith("reading")
-    assert all(word in lines[-1] for word in says.split()), lines[-1]
+    assert pytest.raises(SystemExit, main, *words.split()).value.code == 2
+    *before, line = capsys.readouterr().err.strip().splitlines()
+    assert not before or before[0].startswith("reading") and len(before) == 1
+    assert line.startswith("measure.py: error: ") and all(word in line for word in says.split())
     assert list(Path().glob("*/measure.json")) == [Path("cut/measure.json")]
 
 
 def test_help_is_no_mistake(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main("--help")
-    assert stopped.value.code == 0 and "table" in capsys.readouterr().out
+    assert pytest.raises(SystemExit, main, "--help").value.code == 0
+    assert "measure.py table" in capsys.readouterr().out
