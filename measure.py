@@ -46,8 +46,9 @@ def batches(model, examples, tokens=2048, first=None):
     rows, device = max(1, tokens // examples.block_size), model.wte.weight.device
     for start in range(0, len(order), rows):
         batch = examples.batch(order[start : start + rows])
-        yield [tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-               for tensor in batch]
+        if device.type == "cuda":  # copying from pinned memory holds up nobody
+            batch = [tensor.pin_memory().to(device, non_blocking=True) for tensor in batch]
+        yield batch
 
 
 @torch.no_grad()
@@ -74,7 +75,8 @@ def timed(function, device):
 
 @torch.no_grad()
 def prefill_speed(models, idx, rounds=7):
-    """Tokens per second with which each of `models` reads `idx` [B, T]: medians, models in turns."""
+    """Tokens per second with which each of `models` reads `idx` [B, T]: medians of `rounds`, the
+    models in turns."""
     idx = idx.to(models[0].wte.weight.device)
     seconds = [[timed(lambda: model(idx), idx.device)[0] for model in models]
                for _ in range(rounds + 1)]
@@ -105,8 +107,8 @@ def sampled(model, ids, tokens):
 
 
 def write_texts(model, examples, prompts=0, beams=1):
-    """What the model writes, a line each, to the first `prompts` distinct prompts (0: all), and their
-    references. Greedily or by beam search, at most as long as the longest target."""
+    """What the model writes, a line each, to the first `prompts` distinct prompts (0: all), and
+    their references. Greedily or by beam search, at most as long as the longest target."""
     def line(text):
         return " ".join(text.split())
 
@@ -137,10 +139,10 @@ def text_scores(written, references):
 def activation_statistics(model, examples, tokens=2048, first=None):
     """Sensitivity, and C of each layer, from one pass over a split or its `first` sequences.
 
-    Sensitivity = sum_l sum_i |h_i(X) . dL/dh_i(X)| (Appendix E), the mean over sequences X, in nats:
-    the dot product is over X's tokens, L is X's own mean loss. C [k, k] = sum over real tokens of
-    h^T h, Algorithm 1 without decay, in float64, so that no order of summing shows: 8 k^2 bytes a
-    layer, 0.9 GB in all for gpt2, 13 GB for GPT-Neo-1.3B.
+    Sensitivity = sum_l sum_i |h_i(X) . dL/dh_i(X)| (Appendix E), the mean over sequences X, in
+    nats: the dot product is over X's tokens, L is X's own mean loss. C [k, k] = sum over real tokens
+    of h^T h, Algorithm 1 without decay, in float64, so that no order of summing shows: 8 k^2 bytes
+    a layer, 0.9 GB in all for gpt2, 13 GB for GPT-Neo-1.3B.
     """
     hs, total, count = [], 0.0, 0
     Cs = [model.wte.weight.new_zeros(k, k, dtype=torch.float64) for k in model.config.mlp_widths]
@@ -259,13 +261,14 @@ def dense_run(run, folder):
 
 # The commands. Those that compare runs are in results/compare.py.
 
-On = namedtuple("On", "dataset data_path data_config block_size split examples generate beams outputs")
+On = namedtuple("On", "dataset data_path data_config block_size split examples generate beams "
+                "outputs")  # the flags of `evaluate` that decide its values
 
 
 @cache  # one dense run serves many
 def measure(path, device, on):
     """A model's values by name, `counts` of `redundancy`, widths, and texts it wrote with their
-    references, measured as the flags `on` say."""
+    references. `on`: an `On`."""
     model = GPT.from_pretrained(path).to(device)
     longest, texts = model.config.n_positions, ()
     block_size = on.block_size or longest
@@ -376,12 +379,12 @@ FLAGS = {  # a flag: the commands that have it, what argparse knows about it
                                    "the next three: the run's)")),
     "--data-path": ("evaluate", dict(help="a local folder with the data")),
     "--data-config": ("evaluate", dict(help="the data's configuration")),
-    "--block-size": ("evaluate", dict(type=at_least(1), help="tokens per sequence (of a folder with "
-                                      "only a model: its context)")),
+    "--block-size": ("evaluate", dict(type=at_least(1), help="tokens per sequence (of a folder "
+                                      "with only a model: its context)")),
     "--split": ("evaluate", dict(choices=("train", "validation"), default="train",
                                  help="to measure redundancy on (default: train)")),
-    "--examples": ("evaluate", dict(type=at_least(0), default=512, help="how many of its sequences, "
-                                    "the first; 0 = all (default: 512)")),
+    "--examples": ("evaluate", dict(type=at_least(0), default=512, help="how many of its "
+                                    "sequences, the first; 0 = all (default: 512)")),
     "--generate": ("evaluate", dict(type=at_least(0), default=0, help="how many prompts to write "
                                     "texts for, if need be (default: 0 = all)")),
     "--beams": ("evaluate", dict(type=at_least(1), default=1,
@@ -392,7 +395,8 @@ FLAGS = {  # a flag: the commands that have it, what argparse knows about it
                                help="what to show (default: what the data asks for)")),
     "--format": ("table", dict(choices=("markdown", "csv", "latex"), default="markdown",
                                help="default: markdown")),
-    "--out": ("figures", dict(default="figures", help="the folder to draw into (default: figures)")),
+    "--out": ("figures", dict(default="figures",
+                              help="the folder to draw into (default: figures)")),
     "--prompt": ("sample", dict(required=True, help="the text to continue")),
     "--tokens": ("sample", dict(type=at_least(0), default=120,
                                 help="how many to write at most (default: 120)"))}

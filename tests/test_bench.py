@@ -34,7 +34,7 @@ def test_operations_are_those_that_torch_counts(kind):
     assert matrices == pytest.approx(3 * 40 * (blocks - attention + head), rel=1e-12)
 
 
-def test_the_least_work_of_a_step_the_peaks_it_is_divided_by_and_the_mean_over_the_schedule(monkeypatch):
+def test_the_least_work_of_a_step_the_peaks_and_the_mean_over_the_schedule(monkeypatch):
     model = tiny(widths=(24, 16))
     full, half = model.config, replace(model.config, mlp_widths=(12, 8))
     work, moved = bench.least_work(full, 1.0, (3, 40), 0, False)
@@ -45,7 +45,7 @@ def test_the_least_work_of_a_step_the_peaks_it_is_divided_by_and_the_mean_over_t
     assert work == 120 * (3 * student + teacher + 12**2 + 8**2)
     monkeypatch.setattr(bench, "timed", lambda task, device: (2.0, None))
     assert bench.peaks("cpu", torch.float32) == (2 * 2048**3 / 2, 2 * 4 * 2**25 / 2)
-    for v in (0.1, 0.25):  # a tenth of it at 1, 3 tenths at v, between a cubic: its mean is a quarter
+    for v in (0.1, 0.25):  # a tenth of it at 1, 3 tenths at v, a cubic between, its mean 1/4
         expected = v + (1 - v) * (0.1 + 0.6 / 4)
         assert bench.over_schedule(list(bench.V_TS), v) == pytest.approx(expected, rel=0.01)
         assert bench.over_schedule([3.0] * 4, v) == pytest.approx(3.0)
@@ -80,7 +80,7 @@ def test_peak_memory_is_the_tasks_own_also_where_the_parent_has_used_more():
 def test_generation_shows_what_is_reached_of_what_counting_allows(capsys, monkeypatch):
     save("dense", widths=(64, 64))
     save("pruned", widths=(6, 6))
-    monkeypatch.setattr(bench, "peak_memory", lambda device, task, path, *args: 1e6 * len(str(path)))
+    monkeypatch.setattr(bench, "peak_memory", lambda device, task, path, *_: 1e6 * len(path.name))
     main("generation", "pruned", "--dense", "dense", "--rounds", 1)
     lines = capsys.readouterr().out.splitlines()
     rows = {line[:20].strip(): line[20:].split() for line in lines}

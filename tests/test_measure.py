@@ -96,25 +96,17 @@ def brute_force(kind, which):
     return loss / asked, sensitivity / len(examples), Cs
 
 
-def cosines_by_hand(C):
-    return [[abs(C[i, j]) / (C[i, i] * C[j, j]) ** 0.5 for j in range(len(C))]
-            for i in range(len(C))]
-
-
 def span_by_hand(C, ridge=1e-6):
-    """The residual of each neuron's regression on the others, solved one by one (same ridge)."""
-    A, shares = C + ridge * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype), []
-    for i in range(len(A)):
-        others = [j for j in range(len(A)) if j != i]
-        b, B = A[others, i], A[others][:, others]
-        shares.append(float((A[i, i] - b @ torch.linalg.solve(B, b)) / A[i, i]))
-    return shares
+    """What a regression of each neuron on the others leaves of it, by determinants (same ridge)."""
+    A, n = C + ridge * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype), range(len(C))
+    others = [A[[j for j in n if j != i]][:, [j for j in n if j != i]] for i in n]
+    return [float(A.det() / B.det() / A[i, i]) for i, B in enumerate(others)]
 
 
 @pytest.mark.parametrize("which,tokens", [("blocks", 64), ("blocks", 2048), ("examples", 1),
                                           ("examples", 130), ("examples", 2048)])
-@pytest.mark.parametrize("kind,rel", [("gpt2", 1e-9), ("gpt_neo", 1e-4)])  # whose attention
-def test_loss_and_redundancy_equal_brute_force(kind, rel, which, tokens):  # transformers has in float32
+@pytest.mark.parametrize("kind,rel", [("gpt2", 1e-9), ("gpt_neo", 1e-4)])  # attention in float32
+def test_loss_and_redundancy_equal_brute_force(kind, rel, which, tokens):
     examples, model = examples_of() if which == "examples" else blocks_of(), tiny(kind)
     loss, expected, expected_Cs = brute_force(kind, which)
     # The model takes its loss in float32: 257 additions, 2^-24 each.
@@ -127,7 +119,8 @@ def test_loss_and_redundancy_equal_brute_force(kind, rel, which, tokens):  # tra
     values, counts = measure.redundancy(Cs)
     shares = [share for C in Cs for share in span_by_hand(C)]
     assert values["span_uniqueness"] == pytest.approx(statistics.fmean(shares), rel=1e-7)
-    rows = [(i, row) for C in Cs for i, row in enumerate(cosines_by_hand(C))]
+    rows = [(i, [abs(C[i, j]) / (C[i, i] * C[j, j]) ** 0.5 for j in range(len(C))])
+            for C in Cs for i in range(len(C))]
     shares = [not any(cosine >= 0.8 for cosine in row[i + 1 :]) for i, row in rows]
     assert values["uniqueness"] == pytest.approx(statistics.fmean(shares)) and 0 < sum(shares) < 41
     largest = [max(row[:i] + row[i + 1 :]) for i, row in rows]
@@ -180,7 +173,8 @@ def test_what_is_in_the_span_of_others_is_not_unique_though_its_cosines_are_smal
 
 
 def test_exact_match_by_teacher_forcing_is_greedy_decodings():
-    examples, model = data.Examples(data.toysql("validation")[:100], 128, data.tokenizer(257)), tiny()
+    pairs, model = data.toysql("validation")[:100], tiny()
+    examples = data.Examples(pairs, 128, data.tokenizer(257))
     written = model.generate(examples.prompts, 4, temperature=0)
     for i, ids in enumerate(written):  # for every other one, a token is a different one
         examples.targets[i] = [(token + (n == i / 2 % 4)) % 257 for n, token in enumerate(ids)]
@@ -204,8 +198,7 @@ def test_rouge_and_bleu_equal_the_libraries_with_several_references():
                 for text, group in zip(written, references)]
         assert values[name] == pytest.approx(sum(best) / 3)
     streams = [[group[n] if n < len(group) else None for group in references] for n in range(3)]
-    assert values["bleu"] == pytest.approx(BLEU().corpus_score(written, streams).score)
-    assert 0 < values["bleu"] < 100
+    assert 0 < values["bleu"] == pytest.approx(BLEU().corpus_score(written, streams).score)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -226,8 +219,8 @@ def test_texts_are_written_once_per_distinct_prompt_and_have_all_its_references(
 
 
 def run(*flags, dataset="stdlib"):
-    words = (f"--model small --dataset {dataset} --block-size 64 --steps 6 --batch-size 2 --lr 1e-2 "
-             "--log-every 2 --device cpu")
+    words = "--model small --block-size 64 --steps 6 --batch-size 2 --lr 1e-2 --log-every 2"
+    flags += ("--dataset", dataset, "--device", "cpu")
     return train.run(train.parse([*words.split(), *flags]))
 
 
@@ -295,13 +288,13 @@ def test_a_folder_with_only_a_model_is_measured(kind):
     assert sum(found["counts"][0]) == 5 and found["counts"][1] == [0] * 10
     found = evaluate("shrunk", "--dataset", "stdlib", "--block-size", 32)
     assert found["leftover_per_layer"] is None and found["dense"] is None
-    found = evaluate("none", "--dataset", "stdlib", "--dense", "none")  # what does not exist is null
+    found = evaluate("none", "--dataset", "stdlib", "--dense", "none")  # no number is null
     assert found["values"]["uniqueness"] is None and found["ratios"]["sensitivity"] is None
     assert found["values"]["sensitivity"] == 0 and found["ratios"]["perplexity"] == 1
 
 
-@pytest.mark.parametrize("dataset,columns", [("samsum", ["dialogue", "summary"]),
-                                             ("e2e", ["meaning_representation", "human_reference"])])
+@pytest.mark.parametrize("dataset,columns", [
+    ("samsum", ("dialogue", "summary")), ("e2e", ("meaning_representation", "human_reference"))])
 def test_texts_are_scored_and_read_back_as_e2e_metrics_reads_them(dataset, columns):
     rows = [("name[Aromi]", "Aromi is here ."), ("name[Aromi]", "There is Aromi ."),
             ("name[Zizzi], food[French]", "Zizzi is French .")]
@@ -475,25 +468,20 @@ def test_every_method_has_its_own_look_also_a_new_one(fakes, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("words,says", [
-    ("nowhere", "nowhere"), ("", "RUN"), ("small", "small --dataset"),
-    ("small --dataset wiki", "wiki stdlib"),
-    ("small --dataset stdlib --block-size 999", "999 128"),
-    ("small --dataset stdlib --outputs", "--outputs stdlib"),
-    ("small --dataset stdlib --examples -1", "--examples least"),
-    ("small --dataset stdlib --beams 0", "--beams least"),
-    ("small --dataset stdlib --device foo", "--device foo cuda"),
-    ("small --dataset e2e --data-path nothing", "nothing"),
-    ("small --dataset stdlib --dense nowhere", "nowhere"),
-    ("empty --dataset stdlib", "empty config.json"),
-    ("unfinished", "unfinished finished --resume"),
-    ("sample small --prompt x --dense unfinished", "unfinished finished --resume"),
-    ("damaged", "damaged/metrics.json damaged remove"),
-    ("table cut", "cut/measure.json damaged remove"),
-    ("table small", "small metrics.json"), ("table unknown", "unknown mine"),
-    ("table fake --metric bleu", "bleu measure.py fake"),
+    ("sample small --prompt x --dense unfinished", "unfinished finished --resume"), ("", "RUN"),
+    ("small --dataset stdlib --device foo", "--device foo cuda"), ("sample small", "--prompt"),
+    ("small --dataset stdlib --examples -1", "--examples least"), ("small", "small --dataset"),
+    ("small --dataset stdlib --outputs", "--outputs stdlib"), ("figures fake", "measure.py fake"),
+    ("small --dataset e2e --data-path nothing", "nothing"), ("table small", "small metrics.json"),
+    ("small --dataset stdlib --block-size 999", "999 128"), ("sample small --prompt=", "prompt"),
+    ("small --dataset stdlib --dense nowhere", "nowhere"), ("table fake --beams 3", "--beams"),
+    ("small --dataset stdlib --beams 0", "--beams least"), ("table unknown", "unknown mine"),
+    ("table fake --metric bleu", "bleu measure.py fake"), ("small --dataset wiki", "wiki stdlib"),
+    ("damaged", "damaged/metrics.json damaged remove"), ("nowhere", "nowhere"),
     ("table fake --metric speed", "speed perplexity"),
-    ("table fake --beams 3", "--beams"), ("figures fake", "measure.py fake"),
-    ("sample small", "--prompt"), ("sample small --prompt=", "prompt")])
+    ("table cut", "cut/measure.json damaged remove"),
+    ("empty --dataset stdlib", "empty config.json"),
+    ("unfinished", "unfinished finished --resume")])
 def test_a_mistake_gets_one_line_and_status_2(words, says, capsys):
     save("small")
     fake("fake", "gum")
