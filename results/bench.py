@@ -89,8 +89,8 @@ def least_work(config, v_t, shape, similar, distill):
     # Backward is twice forward; a teacher goes forward only; the similarity is symmetric.
     ours, teachers = sum(operations(kept, shape[1])), sum(operations(config, shape[1]))
     work = tokens * (3 * ours + distill * teachers) + similar * pairs
-    # In float32: a weight is read forward and backward, its gradient written, and read for the norm;
-    # AdamW reads four numbers and writes three. Half of C is read and written.
+    # In float32: a weight is read forward and backward, its gradient written, and read for the
+    # norm; AdamW reads four numbers and writes three. Half of C is read and written.
     rows = config.vocab_size + config.n_positions + sum(4 * d + 2 * m for m in config.mlp_widths)
     return work, 4 * (11 * d * rows + pairs * (similar > 0))
 
@@ -173,9 +173,9 @@ def steps(args):
     reached = least_work(config, 1.0, shape, 0, False)[0] / usual / multiplied
     print(f"{args.model}, {B} x {T} tokens, {args.device}, {args.dtype}, "
           f"{torch.get_num_threads()} threads, medians of {args.rounds} rounds.\n"
-          f"A large matrix product makes {multiplied / 1e12:.3g} TFLOP/s, a copy {copied / 1e9:.3g} "
-          f"GB/s.\nA step of none takes {usual:.4g} s, its floor is {floor(*plain):.4g} s; it makes "
-          f"{reached:.0%} of the TFLOP/s of that product.\n")
+          f"A large matrix product makes {multiplied / 1e12:.3g} TFLOP/s, a copy "
+          f"{copied / 1e9:.3g} GB/s.\nA step of none takes {usual:.4g} s, its floor is "
+          f"{floor(*plain):.4g} s; it makes {reached:.0%} of the TFLOP/s of that product.\n")
     columns = [f"v_t = {v_t:g}" for v_t in V_TS] + ["1 to 0.25", "1 to 0.1"]
     print(f"| a step's time, none = 1 (floor) | {' | '.join(columns)} |")
     print("| --- " * (len(columns) + 1) + "|")

@@ -17,7 +17,8 @@ from prune import METHODS
 DRAWN = {  # method: colour (Okabe and Ito's, which the colour-blind can tell apart) and marker
     "none": ("#000000", "s"), "magnitude": ("#E69F00", "^"), "random": ("#56B4E9", "v"),
     "topv": ("#009E73", "D"), "soft": ("#CC79A7", "P"), "gum": ("#D55E00", "o")}
-# Runs that differ in these share a table's row: they are columns or repetitions, or change no result.
+# Runs that differ in these share a table's row: these are columns or repetitions, or change no
+# result.
 NO_ROW = ("leftover", "seed", "teacher", "data_path", "device", "dtype", "compile",
           "gradient_checkpointing", "log_every", "eval_every")
 
@@ -29,7 +30,8 @@ def read_runs(folders):
     for run in runs:
         if not run.metrics:
             raise ValueError(f"{run.path} has no metrics.json: it is no finished run of train.py")
-        run.method, run.distill, run.leftover = map(run.settings.get, ("method", "distill", "leftover"))
+        run.method, run.distill, run.leftover = (
+            run.settings[name] for name in ("method", "distill", "leftover"))
         if run.method not in METHODS:
             raise ValueError(f"{run.path} is by {run.method}, which is no method of prune.py")
         run.group = run.settings["dataset"], Path(run.settings["model"]).name
@@ -158,8 +160,8 @@ def draw(path, panels, styles):
 
 
 def redundancy(runs, how, kind):
-    """Panels of sensitivity and uniqueness against leftover: figures 1 and 2 (`kind` "ratios", to the
-    dense run), 5 and 6 ("values")."""
+    """Panels of sensitivity and uniqueness against leftover: figures 1 and 2 (`kind` "ratios", to
+    the dense run), 5 and 6 ("values")."""
     names = {name: MEASURES[name] for name in ("sensitivity", "uniqueness", "span_uniqueness")}
     if kind == "ratios":
         names = {name: f"{title.split(' (')[0]} (ratio to dense)" for name, title in names.items()}

@@ -23,11 +23,11 @@ import train
 from model import GPT, GPTConfig
 from results import compare
 
-SHARED = Path(__file__).parents[2] / "shared"
 KINDS = {"gpt2": {}, "gpt_neo": dict(model_type="gpt_neo", qkv_bias=False, attn_scaled=False,
                                      windows=(None, 8))}
 TEXTS = [("a b", "x y z"), ("c", "longer than the others, this one"), ("d e f", "x"), ("g", "yy"),
          ("hhh", "z z z")]
+WIDTHS = 24, 17
 
 
 @cache
@@ -47,29 +47,26 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     measure.measure.cache_clear()
 
 
-WIDTHS = 24, 17
-
-
-def tiny(kind="gpt2", widths=WIDTHS, scale=2.0, vocab_size=257):
+def tiny(kind="gpt2", widths=WIDTHS, scale=2.0):
     """A GPT whose weights are large enough for its neurons to differ; two of a layer are alike."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=vocab_size, n_positions=128, n_embd=16, n_layer=2, n_head=2,
-                          mlp_widths=widths, **KINDS[kind])).double()
+    model = GPT(GPTConfig(vocab_size=257, n_positions=128, n_embd=16, n_layer=2, n_head=2,
+                          mlp_widths=widths, **KINDS[kind])).double().eval()
     for name, p in model.named_parameters():
         if "ln_" not in name:
             p.data = p.data * scale + 0.1 * torch.randn_like(p) * name.endswith("bias")
             if ".mlp.c_fc." in name and len(p) > 5:
                 p.data[5] = p.data[2] * 1.1
-    return model.eval()
+    return model
 
 
-def examples_of(pairs=TEXTS, block_size=64):
-    return data.Examples(pairs, block_size, data.tokenizer(257))
+def examples_of(pairs=TEXTS):
+    return data.Examples(pairs, 64, data.tokenizer(257))
 
 
-def blocks_of(tokens=150, block_size=32):
+def blocks_of(tokens=150):
     ids = torch.randint(256, (tokens,), generator=torch.Generator().manual_seed(3))
-    return data.Blocks(ids.numpy().astype("uint16"), block_size, 256)
+    return data.Blocks(ids.numpy().astype("uint16"), 32, 256)
 
 
 # Loss, sensitivity, uniqueness, span uniqueness, one sequence and one neuron at a time.
@@ -88,10 +85,9 @@ def brute_force(kind, which):
     for number in range(len(examples)):
         idx, targets, real = (tensor[0] for tensor in examples.batch([number]))
         length, count = int(real.sum()), int((targets != -100).sum())  # the last block is padded
-        logits = model(idx[None, :length]).logits[0]  # [length, V]
-        own = F.cross_entropy(logits, targets[:length])
+        own = F.cross_entropy(model(idx[None, :length]).logits[0], targets[:length])
         for layer, gradient in enumerate(torch.autograd.grad(own, hs)):
-            h = hs[layer][0].detach()[:, :WIDTHS[layer]]  # [length, k], without the padding
+            h = hs[layer][0].detach()[:, : WIDTHS[layer]]  # [length, k], without the padding
             Cs[layer] = Cs[layer] + h.T @ h
             for i in range(WIDTHS[layer]):
                 sensitivity += abs(float(h[:, i] @ gradient[0, :, i]))
@@ -100,64 +96,51 @@ def brute_force(kind, which):
     return loss / asked, sensitivity / len(examples), Cs
 
 
-def uniqueness_by_hand(C):
-    cos = [[abs(C[i, j]) / (C[i, i] * C[j, j]) ** 0.5 for j in range(len(C))] for i in range(len(C))]
-    return [not any(cosine >= 0.8 for cosine in row[i + 1 :]) for i, row in enumerate(cos)]
-
-
 def span_by_hand(C, ridge=1e-6):
-    """The residual of each neuron's regression on the others, solved one by one (same ridge)."""
-    A, shares = C + ridge * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype), []
-    for i in range(len(A)):
-        others = [j for j in range(len(A)) if j != i]
-        b, B = A[others, i], A[others][:, others]
-        shares.append(float((A[i, i] - b @ torch.linalg.solve(B, b)) / A[i, i]))
-    return shares
+    """What a regression of each neuron on the others leaves of it, by determinants (same ridge)."""
+    A, n = C + ridge * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype), range(len(C))
+    others = [A[[j for j in n if j != i]][:, [j for j in n if j != i]] for i in n]
+    return [float(A.det() / B.det() / A[i, i]) for i, B in enumerate(others)]
 
 
-@pytest.mark.parametrize("which", ["examples", "blocks"])
-@pytest.mark.parametrize("kind,rel", [("gpt2", 1e-9), ("gpt_neo", 1e-4)])  # whose attention
-def test_loss_and_redundancy_equal_brute_force(kind, rel, which):  # transformers has in float32
+@pytest.mark.parametrize("which,tokens", [("blocks", 64), ("blocks", 2048), ("examples", 1),
+                                          ("examples", 130), ("examples", 2048)])
+@pytest.mark.parametrize("kind,rel", [("gpt2", 1e-9), ("gpt_neo", 1e-4)])  # attention in float32
+def test_loss_and_redundancy_equal_brute_force(kind, rel, which, tokens):
     examples, model = examples_of() if which == "examples" else blocks_of(), tiny(kind)
     loss, expected, expected_Cs = brute_force(kind, which)
     # The model takes its loss in float32: 257 additions, 2^-24 each.
     assert measure.mean_loss(model, examples, nullcontext()) == pytest.approx(loss, rel=2e-5 + rel)
-    sensitivity, Cs = measure.activation_statistics(model, examples)
+    examples.by_length = lambda: list(range(len(examples)))  # very different lengths in a batch
+    sensitivity, Cs = measure.activation_statistics(model, examples, tokens)
     assert sensitivity == pytest.approx(expected, rel=rel)
     for C, expected_C in zip(Cs, expected_Cs):
         assert (C - expected_C).abs().max() <= rel * expected_C.abs().max()
     values, counts = measure.redundancy(Cs)
-    assert 0 < values["uniqueness"] < 1
-    for name, by_hand in ("uniqueness", uniqueness_by_hand), ("span_uniqueness", span_by_hand):
-        shares = [share for C in Cs for share in by_hand(C)]
-        assert values[name] == pytest.approx(statistics.fmean(shares), rel=1e-7)
-    assert [sum(of_layer) for of_layer in counts] == list(WIDTHS)
+    shares = [share for C in Cs for share in span_by_hand(C)]
+    assert values["span_uniqueness"] == pytest.approx(statistics.fmean(shares), rel=1e-7)
+    rows = [(i, [abs(C[i, j]) / (C[i, i] * C[j, j]) ** 0.5 for j in range(len(C))])
+            for C in Cs for i in range(len(C))]
+    shares = [not any(cosine >= 0.8 for cosine in row[i + 1 :]) for i, row in rows]
+    assert values["uniqueness"] == pytest.approx(statistics.fmean(shares)) and 0 < sum(shares) < 41
+    largest = [max(row[:i] + row[i + 1 :]) for i, row in rows]
+    for of_layer, chosen in zip(counts, (largest[:24], largest[24:])):
+        assert of_layer == [sum(n / 10 <= x < (n + 1) / 10 for x in chosen) for n in range(10)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_nothing_depends_on_batches_order_or_padding(kind):
-    model, autocast = tiny(kind), nullcontext()
-    reference, Cs = measure.activation_statistics(model, examples_of())
-    unique = measure.redundancy(Cs)[0]
-    for pairs, tokens in (TEXTS, 1), (TEXTS, 128), (TEXTS[::-1], 8192), (TEXTS[2:] + TEXTS[:2], 200):
-        shuffled = examples_of(pairs)
-        shuffled.by_length = lambda n=len(pairs): list(range(n))  # very different lengths in a batch
-        found, Cs = measure.activation_statistics(model, shuffled, tokens)
-        assert found == pytest.approx(reference, rel=1e-9)
-        assert measure.redundancy(Cs)[0] == pytest.approx(unique, rel=1e-7)
+def test_only_the_first_sequences_or_batches_count_when_asked():
+    model = tiny()
     found, Cs = measure.activation_statistics(model, examples_of(), first=2)
     expected, expected_Cs = measure.activation_statistics(model, examples_of(TEXTS[:2]))
     assert found == pytest.approx(expected, rel=1e-9)
     torch.testing.assert_close(Cs, expected_Cs)
-    # Of blocks of 32 tokens, two batches are the first 128.
-    many, first = blocks_of(tokens=32 * 200 + 1), blocks_of(tokens=32 * 128 + 1)
-    expected = measure.mean_loss(model, first, autocast)
-    assert measure.mean_loss(model, many, autocast, most=2) == pytest.approx(expected, rel=2e-5)
+    many, first = blocks_of(tokens=200 * 32 + 1), blocks_of(tokens=128 * 32 + 1)  # 64 in a batch
+    expected = measure.mean_loss(model, first, nullcontext())
+    assert measure.mean_loss(model, many, nullcontext(), 2) == pytest.approx(expected, rel=2e-5)
 
 
-def orthonormal(tokens, k, seed=0):
-    drawn = torch.randn(tokens, k, generator=torch.Generator().manual_seed(seed)).double()
-    return torch.linalg.qr(drawn)[0]
+def normal(tokens, k, seed=0):
+    return torch.randn(tokens, k, generator=torch.Generator().manual_seed(seed)).double()
 
 
 def uniqueness(*layers):
@@ -165,109 +148,64 @@ def uniqueness(*layers):
 
 
 def test_k_copies_are_k_minus_1_duplicates_and_an_opposite_one_counts():
-    h = orthonormal(50, 10)
+    h = torch.linalg.qr(normal(50, 10))[0]  # orthonormal
     assert uniqueness(h) == 1
     assert uniqueness(torch.cat([h, 2 * h[:, :1], 0.5 * h[:, :1]], 1)) == pytest.approx(1 - 2 / 12)
     assert uniqueness(torch.cat([-3 * h[:, 4:5], h], 1), h) == pytest.approx(1 - 1 / 21)
-
-
-@pytest.mark.parametrize("cosine,unique", [(0.79, 1), (0.81, 0.5), (-0.81, 0.5)])
-def test_a_duplicate_begins_at_08(cosine, unique):
-    C = torch.tensor([[4.0, 6 * cosine], [6 * cosine, 9.0]], dtype=torch.float64)
-    assert measure.redundancy([C])[0]["uniqueness"] == unique
+    for cosine, unique in (0.79, 1), (0.81, 0.5), (-0.81, 0.5):
+        C = torch.tensor([[4.0, 6 * cosine], [6 * cosine, 9.0]], dtype=torch.float64)
+        assert measure.redundancy([C])[0]["uniqueness"] == unique
 
 
 def test_what_is_in_the_span_of_others_is_not_unique_though_its_cosines_are_small():
-    h = orthonormal(60, 8)
-    h = torch.cat([h, h[:, :1] + h[:, 1:2]], 1)
+    h = torch.linalg.qr(normal(60, 8))[0]
+    h = torch.cat([h, h[:, :1] + h[:, 1:2], torch.zeros(60, 2)], 1)
     shares = measure.span_residuals(h.T @ h)
-    assert uniqueness(h) == 1
+    assert uniqueness(h) == 1  # a silent neuron is like nothing, and in every span
     assert shares[[0, 1, 8]].max() < 1e-4 and shares[2:8].min() > 0.99
-    h = torch.randn(10, 30, generator=torch.Generator().manual_seed(0)).double()
-    assert measure.span_residuals(h.T @ h).max() < 1e-3  # more neurons than tokens
-
-
-def test_silent_neurons_are_like_nothing_and_in_every_span():
-    h = torch.cat([orthonormal(30, 4), torch.zeros(30, 2)], 1)
-    assert uniqueness(h) == 1
-    assert measure.span_residuals(h.T @ h).tolist() == pytest.approx([1, 1, 1, 1, 0, 0])
+    assert shares[9:].tolist() == [0, 0]
     assert measure.span_residuals(torch.zeros(3, 3, dtype=torch.float64)).tolist() == [0, 0, 0]
-
-
-def test_layers_without_neurons():
-    sensitivity, Cs = measure.activation_statistics(tiny(widths=(5, 0)), blocks_of())
-    assert sensitivity > 0 and measure.redundancy(Cs)[1][1] == [0] * 10
-    sensitivity, Cs = measure.activation_statistics(tiny(widths=(0, 0)), blocks_of())
-    assert sensitivity == 0
-    assert measure.redundancy(Cs)[0] == dict(uniqueness=None, span_uniqueness=None)
-
-
-def test_the_counts_are_of_the_largest_similarity():
-    h = torch.randn(40, 12, generator=torch.Generator().manual_seed(4)).double()
-    cosines = [max(abs(F.cosine_similarity(h[:, i], h[:, j], 0)) for j in range(12) if j != i)
-               for i in range(12)]
-    expected = [sum(n / 10 <= cosine < (n + 1) / 10 for cosine in cosines) for n in range(10)]
-    assert measure.redundancy([h.T @ h])[1] == [expected]
+    h = normal(10, 30)
+    assert measure.span_residuals(h.T @ h).max() < 1e-3  # more neurons than tokens
 
 
 # Exact match and texts.
 
 
-@pytest.mark.parametrize("dataset", ["toysql", "wikisql"])
-def test_exact_match_by_teacher_forcing_is_greedy_decodings(dataset, monkeypatch):
-    vocab_size, pairs = 257, data.toysql("validation")[:100]
-    if dataset == "wikisql":
-        folder, vocabulary = SHARED / "hub" / "Salesforce" / "wikisql", SHARED / "tiktoken_cache"
-        if not (folder.is_dir() and vocabulary.is_dir()):
-            pytest.skip("no local copy of WikiSQL and of the GPT-2 vocabulary in ../shared")
-        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(vocabulary))
-        vocab_size, pairs = 50257, data.hub_pairs("wikisql", "validation", str(folder), None)[:100]
-    examples = data.Examples(pairs, 128, data.tokenizer(vocab_size))
-    first = statistics.mode(ids[0] for ids in examples.targets)
-    for i, ids in enumerate(examples.targets):  # what can be learned in no time: for most the same
-        examples.targets[i] = [first if i % 3 else ids[-2], examples.eot]
-    model = tiny(widths=(64, 64), scale=1.0, vocab_size=vocab_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for step in range(30):
-        idx, targets, _ = examples.batch([(8 * step + n) % len(examples) for n in range(8)])
-        asked = targets != -100
-        logits = F.linear(model(idx, head=False)[asked], model.wte.weight)
-        F.cross_entropy(logits, targets[asked]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+def test_exact_match_by_teacher_forcing_is_greedy_decodings():
+    pairs, model = data.toysql("validation")[:100], tiny()
+    examples = data.Examples(pairs, 128, data.tokenizer(257))
+    written = model.generate(examples.prompts, 4, temperature=0)
+    for i, ids in enumerate(written):  # for every other one, a token is a different one
+        examples.targets[i] = [(token + (n == i / 2 % 4)) % 257 for n, token in enumerate(ids)]
     matches = dict(zip(examples.by_length(), measure.exact_matches(model, examples)))
-    new = model.generate(examples.prompts, 2, temperature=0, eot=examples.eot)
-    assert matches == {i: ids == examples.targets[i][:-1] for i, ids in enumerate(new)}
-    assert set(matches.values()) == {True, False}
-
-
-REFERENCES = [["the cat sat on the mat", "a cat is on the mat today"],
-              ["dogs bark loudly at night", "at night dogs bark", "barking dogs at night are loud"],
-              ["one reference only here it is"]]
-WRITTEN = ["the cat is on a mat", "loud dogs bark at night", "one reference here"]
+    assert matches == {i: ids == examples.targets[i] for i, ids in enumerate(written)}
+    assert sum(matches.values()) == 50
 
 
 def test_rouge_and_bleu_equal_the_libraries_with_several_references():
     from rouge_score import rouge_scorer
     from sacrebleu.metrics import BLEU
 
-    values = measure.text_scores(WRITTEN, REFERENCES)
+    written = ["the cat is on a mat", "loud dogs bark at night", "one reference here"]
+    references = [["the cat sat on the mat", "a cat is on the mat today"],
+                  ["dogs bark loudly at night", "at night dogs bark", "dogs at night are loud"],
+                  ["one reference only here it is"]]
+    values = measure.text_scores(written, references)
     for name in ("rouge1", "rouge2", "rougeL"):
-        scorer = rouge_scorer.RougeScorer([name])
-        best = [max(scorer.score(reference, text)[name].fmeasure for reference in references)
-                for text, references in zip(WRITTEN, REFERENCES)]
+        score = rouge_scorer.RougeScorer([name]).score
+        best = [max(score(reference, text)[name].fmeasure for reference in group)
+                for text, group in zip(written, references)]
         assert values[name] == pytest.approx(sum(best) / 3)
-    streams = [[references[n] if n < len(references) else None for references in REFERENCES]
-               for n in range(3)]
-    assert values["bleu"] == pytest.approx(BLEU().corpus_score(WRITTEN, streams).score)
-    assert 0 < values["bleu"] < 100
+    streams = [[group[n] if n < len(group) else None for group in references] for n in range(3)]
+    assert 0 < values["bleu"] == pytest.approx(BLEU().corpus_score(written, streams).score)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_texts_are_written_once_per_distinct_prompt_and_have_all_its_references(beams):
-    examples = examples_of([("p\n", "one"), ("q\n", "two"), ("p\n", "three"),
-                            ("long prompt\n", "four")])
-    written, references = measure.write_texts(model := tiny(), examples, beams=beams)
+    model, examples = tiny(), examples_of([("p\n", "one"), ("q\n", "two"), ("p\n", "three"),
+                                           ("long prompt\n", "four")])
+    written, references = measure.write_texts(model, examples, beams=beams)
     assert references == [["one", "three"], ["two"], ["four"]]
     alone = [model.generate([examples.prompts[i]], 6, temperature=0, eot=256, beams=beams,
                             length_penalty=0.9, no_repeat_ngram=4 * (beams > 1))[0]
@@ -280,14 +218,14 @@ def test_texts_are_written_once_per_distinct_prompt_and_have_all_its_references(
 # Runs: the command line.
 
 
-def run(*flags, model="small", dataset="stdlib", block_size=64):
-    words = ["--model", model, "--dataset", dataset, "--block-size", block_size, "--steps", 6,
-             "--batch-size", 2, "--lr", 1e-2, "--log-every", 2, "--device", "cpu", *flags]
-    return train.run(train.parse(list(map(str, words))))
+def run(*flags, dataset="stdlib"):
+    words = "--model small --block-size 64 --steps 6 --batch-size 2 --lr 1e-2 --log-every 2"
+    flags += ("--dataset", dataset, "--device", "cpu")
+    return train.run(train.parse([*words.split(), *flags]))
 
 
-def start(kind="gpt2"):
-    tiny(kind, widths=(), scale=1.0).float().save_pretrained("small")
+def save(folder, kind="gpt2", widths=(), scale=2.0):
+    tiny(kind, widths, scale).float().save_pretrained(folder)
 
 
 def main(*words):
@@ -297,46 +235,41 @@ def main(*words):
 
 
 def evaluate(*words):
+    """What measuring a run writes."""
     main(*words, "--examples", 8, "--device", "cpu")
-
-
-def measured(folder):
-    return json.loads((Path(folder) / "measure.json").read_text(), parse_constant=pytest.fail)
+    return json.loads(Path(words[0], "measure.json").read_text(), parse_constant=pytest.fail)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_runs_of_every_method_are_measured_tabled_and_drawn(kind, capsys):
-    start(kind)
+    save("small", kind, scale=1.0)
     metrics = {method: run("--method", method, "--out", f"out/{method}", *(
-        [] if method == "none" else ["--leftover", 0.25])) for method in prune.METHODS}
+        [] if method == "none" else ["--leftover", "0.25"])) for method in prune.METHODS}
     folders = [f"out/{method}" for method in prune.METHODS]
-    evaluate(*folders)
-    dense, printed = measured("out/none"), capsys.readouterr().out
+    dense = evaluate("out/none")
     assert set(dense["ratios"].values()) == {1.0}  # it is its own dense run
-    for method in prune.METHODS:
-        found, model = measured(f"out/{method}"), GPT.from_pretrained(f"out/{method}")
+    for method, folder in zip(prune.METHODS, folders):
+        found, model = evaluate(folder), GPT.from_pretrained(folder)
         values, result = found["values"], metrics[method]["result"]
         assert values["perplexity"] == pytest.approx(result["val_perplexity"], rel=1e-5)
-        for name in ("leftover", "leftover_per_layer"):
-            assert (values | found)[name] == metrics[method][name]
+        assert (values["leftover"], found["leftover_per_layer"]) == tuple(
+            metrics[method][name] for name in ("leftover", "leftover_per_layer"))
         split = load_once("stdlib", "train", 257, 64, None, None)
         sensitivity, Cs = measure.activation_statistics(model, split, first=8)
         assert values["sensitivity"] == pytest.approx(sensitivity)
         assert values["uniqueness"] == measure.redundancy(Cs)[0]["uniqueness"]
         widths = list(model.config.mlp_widths)
         assert found["widths"] == widths == [sum(counts) for counts in found["counts"]]
-        assert found["dense"] == "none"
+        printed = capsys.readouterr().out
         for name, ratio in found["ratios"].items():
             assert ratio == values[name] / dense["values"][name] and f"{ratio:.4g}" in printed
     first = Path("out/gum/measure.json").read_bytes()
     measure.measure.cache_clear()
     evaluate("out/gum")
     assert Path("out/gum/measure.json").read_bytes() == first
-    files = ["config.json", "log.jsonl", "measure.json", "metrics.json", "model.safetensors"]
-    assert sorted(os.listdir("out/gum")) == files
-    main("table", *folders)
-    assert "| GUM |" in capsys.readouterr().out
-    assert len(drawn_by(folders)) == 5
+    files = "config.json log.jsonl measure.json metrics.json model.safetensors"
+    assert sorted(os.listdir("out/gum")) == files.split()
+    assert "| GUM |" in table_of(capsys, *folders) and len(drawn_by(folders)) == 5
     for _ in range(2):
         main("sample", "out/gum", "--prompt", "def f(x):", "--tokens", 20, "--device", "cpu")
     lines = capsys.readouterr().out.splitlines()
@@ -347,62 +280,38 @@ def test_runs_of_every_method_are_measured_tabled_and_drawn(kind, capsys):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_folder_with_only_a_model_is_measured(kind):
-    tiny(kind, widths=(5, 0)).float().save_pretrained("shrunk")
-    tiny(kind, widths=(8, 4)).float().save_pretrained("full")
-    evaluate("shrunk", "--dataset", "toysql", "--dense", "full")
-    found = measured("shrunk")
+    for name, widths in ("shrunk", (5, 0)), ("full", (8, 4)), ("none", (0, 0)):
+        save(name, kind, widths)
+    found = evaluate("shrunk", "--dataset", "toysql", "--dense", "full")
     assert found["leftover_per_layer"] == [5 / 8, 0] and found["values"]["leftover"] == 5 / 12
     assert 0 <= found["values"]["exact_match"] <= 1 and found["ratios"]["sensitivity"] > 0
-    evaluate("shrunk", "--dataset", "stdlib", "--block-size", 32)
-    assert measured("shrunk")["leftover_per_layer"] is None
-
-
-def test_numbers_that_do_not_exist_are_null():
-    tiny(widths=(0, 0)).float().save_pretrained("empty")
-    evaluate("empty", "--dataset", "stdlib", "--dense", "empty")
-    found = measured("empty")
+    assert sum(found["counts"][0]) == 5 and found["counts"][1] == [0] * 10
+    found = evaluate("shrunk", "--dataset", "stdlib", "--block-size", 32)
+    assert found["leftover_per_layer"] is None and found["dense"] is None
+    found = evaluate("none", "--dataset", "stdlib", "--dense", "none")  # no number is null
     assert found["values"]["uniqueness"] is None and found["ratios"]["sensitivity"] is None
     assert found["values"]["sensitivity"] == 0 and found["ratios"]["perplexity"] == 1
 
 
-def test_e2e_is_measured_by_its_texts_which_read_back_as_e2e_metrics_reads_them():
-    from datasets import Dataset
-
+@pytest.mark.parametrize("dataset,columns", [
+    ("samsum", ("dialogue", "summary")), ("e2e", ("meaning_representation", "human_reference"))])
+def test_texts_are_scored_and_read_back_as_e2e_metrics_reads_them(dataset, columns):
     rows = [("name[Aromi]", "Aromi is here ."), ("name[Aromi]", "There is Aromi ."),
             ("name[Zizzi], food[French]", "Zizzi is French .")]
-    table = Dataset.from_dict(dict(zip(("meaning_representation", "human_reference"), zip(*rows))))
+    references = ["Aromi is here .\nThere is Aromi .\n", "Zizzi is French .\n"]
     for split in ("train", "validation"):
-        os.makedirs(f"data/{split}")
-        table.to_parquet(f"data/{split}/0000.parquet")
-    start()
-    run("--method", "none", "--data-path", "data", "--out", "run", dataset="e2e")
-    evaluate("run", "--outputs")
-    references = "Aromi is here .\nThere is Aromi .\n\nZizzi is French .\n"
-    assert Path("run/references.txt").read_text() == references
+        Path("data", split).mkdir(parents=True)
+        lines = [json.dumps(dict(zip(columns, row))) + "\n" for row in rows]
+        Path("data", split, "0.jsonl").write_text("".join(lines))
+    save("small", scale=1.0)
+    run("--data-path", "data", "--out", "run", dataset=dataset)
+    values = evaluate("run", "--outputs")["values"]
+    assert Path("run/references.txt").read_text() == "\n".join(references)
     outputs = Path("run/outputs.txt").read_text().split("\n")[:-1]
-    groups = [group.splitlines() for group in references.split("\n\n")]
-    values = measured("run")["values"]
-    assert measure.text_scores(outputs, groups).items() <= values.items()
-    assert "exact_match" not in values
+    scores = measure.text_scores(outputs, [group.splitlines() for group in references])
+    assert scores.items() <= values.items() and "exact_match" not in values
     evaluate("run", "--outputs", "--generate", 1)
-    assert Path("run/references.txt").read_text() == references[: references.index("\n\n") + 1]
-
-
-def test_dialogues_are_measured_by_rouge():
-    chats = [("Ann: Lunch at noon?\nBob: At one.", "Ann and Bob will have lunch at one."),
-             ("Eve: Where are my keys?\nTom: On the fridge!", "Eve's keys are on the fridge.")]
-    os.mkdir("chats")
-    for split in ("train", "validation"):
-        Path("chats", f"{split}.jsonl").write_text("".join(json.dumps(
-            dict(id=chat[:3], dialogue=chat, summary=text)) + "\n" for chat, text in chats))
-    start()
-    run("--data-path", "chats", "--out", "run", dataset="samsum", block_size=128)
-    evaluate("run")
-    examples = load_once("samsum", "validation", 257, 128, "chats", None)
-    written, references = measure.write_texts(GPT.from_pretrained("run"), examples)
-    assert references == [[text] for _, text in chats]
-    scores = measure.text_scores(written, references)
-    assert scores.items() <= measured("run")["values"].items()
+    assert Path("run/references.txt").read_text() == references[0]
 
 
 # Made-up runs, side by side.
@@ -410,41 +319,38 @@ def test_dialogues_are_measured_by_rouge():
 
 def fake(folder, method, leftover=0.5, seed=0, distill=False, value=None, real=None, **settings):
     """A finished run's folder with just what tables and figures read."""
-    folder = Path(folder)
-    folder.mkdir(parents=True)
+    os.makedirs(folder)
     settings = dict(dataset="toysql", data_config=None, model="small", method=method,
                     distill=distill, leftover=leftover, seed=seed, lr=0.1) | settings
     widths = [round(20 * leftover)] * 2
-    files = {"metrics.json": dict(
+    files = dict(metrics=dict(
         settings=settings, start=dict(widths=[20, 20]), result=dict(val_perplexity=5.0 + seed),
-        leftover=real or leftover, leftover_per_layer=[leftover] * 2)}
+        leftover=real or leftover, leftover_per_layer=[leftover] * 2))
     if value is not None:
         values = dict(exact_match=value, perplexity=3.0, sensitivity=value, uniqueness=0.9,
                       span_uniqueness=None, leftover=leftover)
         counts = [[0] * 5 + [width] + [0] * 4 for width in widths]
-        files["measure.json"] = dict(values=values, ratios=values, counts=counts)
+        files["measure"] = dict(values=values, ratios=values, counts=counts)
     for name, content in files.items():
-        (folder / name).write_text(json.dumps(content))
-    log = [dict(step=step, loss=9 / step, v_t=leftover, leftover=leftover, widths=widths)
-           for step in range(1, 30)]
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+        Path(folder, f"{name}.json").write_text(json.dumps(content))
+    Path(folder, "log.jsonl").write_text("".join(json.dumps(dict(
+        step=step, loss=9 / step, v_t=leftover, leftover=leftover, widths=widths)) + "\n"
+        for step in range(1, 30)))
 
 
 def test_the_dense_run_is_of_the_same_data_model_and_seed_and_most_alike():
-    start()
+    save("small")
     fake("out/gum", "gum", model=os.path.abspath("small"))
     mine = measure.read_run("out/gum").settings
+    others = [dict(seed=1), dict(dataset="stdlib"), dict(data_config="b"), dict(model="tiny"),
+              dict(distill=True), dict(method="topv")]
+    for n, settings in enumerate(others):
+        fake(f"out/{n}", **dict(method="none") | settings)
     assert measure.find_dense(["out", "nowhere"], mine) is None
-    for name, method, settings in (
-            ("other-seed", "none", dict(seed=1)), ("other-data", "none", dict(dataset="stdlib")),
-            ("other-config", "none", dict(data_config="b")), ("other", "none", dict(model="tiny")),
-            ("student", "none", dict(distill=True)), ("pruned", "topv", {})):
-        fake(f"out/{name}", method, **settings)
-    assert measure.find_dense(["out"], mine) is None
-    fake("out/another-lr", "none", lr=0.2)
-    assert measure.find_dense(["out"], mine).path == Path("out/another-lr")
-    fake("out/same", "none")
-    assert measure.find_dense(["out", Path("out")], mine).path == Path("out/same")
+    for name, lr in ("another-lr", 0.2), ("same", 0.1), ("then", 0.1):
+        fake(f"out/{name}", "none", lr=lr)
+        expected = "another-lr" if name == "another-lr" else "same"
+        assert measure.find_dense(["out", Path("out")], mine).path == Path("out", expected)
 
 
 EXACT = {("gum", 0.25): [0.5, 0.75, 0.7], ("gum", 0.1): [0.25, 0.5], ("topv", 0.25): [0.125]}
@@ -474,13 +380,13 @@ def test_a_table_has_means_and_sample_standard_deviations_over_seeds(fakes, caps
     assert list(table) == ["Dense", "Top_v", "Soft movement", "GUM", "Top_v, distilled",
                            "GUM, distilled"]
     for (method, leftover), values in EXACT.items():
-        for label, scale in (("", 1), (", distilled", 0.5)):
+        for label, scale in ("", 1), (", distilled", 0.5):
             text = table[prune.METHODS[method].name + label][str(leftover)]
-            mean, *std, n = [float(number) for number in re.findall(r"[\d.]+", text)]
-            assert mean == pytest.approx(scale * statistics.mean(values), rel=1e-3)
-            assert n == len(values) and len(std) == (n > 1)
-            if std:
-                assert std == [pytest.approx(scale * statistics.stdev(values), rel=0.05)]
+            expected = [scale * statistics.mean(values), len(values)]
+            if len(values) > 1:
+                expected.insert(1, scale * statistics.stdev(values))
+            numbers = [float(number) for number in re.findall(r"[\d.]+", text)]
+            assert numbers == pytest.approx(expected, rel=0.05)
     assert table["Top_v"]["0.1"] == "-"
     assert "0.13" in table["Soft movement"]["0.1"]  # it left more than it was asked to
     for form, between in ("markdown", " | "), ("latex", " & "):
@@ -488,18 +394,14 @@ def test_a_table_has_means_and_sample_standard_deviations_over_seeds(fakes, caps
         assert all(between.join(row) in text for row in (header, *rows))
 
 
-def test_a_table_of_unmeasured_runs_shows_their_perplexity(capsys):
-    for seed in range(2):
-        fake(f"run{seed}", "gum", seed=seed)
-    text = table_of(capsys, "run0", "run1")
-    assert "small: perplexity" in text and "5.5 ± 0.71 (2)" in text
-
-
-def test_ablations_have_rows_of_their_own(capsys):
-    fake("a", "gum", lambda_gum=10.0, value=0.5, log_every=10)
-    fake("b", "gum", lambda_gum=0.0, value=0.25, log_every=20)
-    text = table_of(capsys, "a", "b")
-    assert "| GUM, lambda_gum 10.0 | 0.5 (1) |\n| GUM, lambda_gum 0.0 | 0.25 (1) |\n" in text
+def test_unmeasured_runs_show_their_perplexity_and_ablations_have_rows_of_their_own(capsys):
+    fake("a", "gum", lambda_gum=10.0, log_every=10)
+    fake("b", "gum", lambda_gum=10.0, log_every=20, seed=1)
+    fake("c", "gum", lambda_gum=0.0)
+    assert table_of(capsys, "a", "b") == ("| toysql, small: perplexity | 0.5 |\n| --- | --- |\n"
+                                          "| GUM | 5.5 ± 0.71 (2) |\n\n")
+    assert ("| GUM, lambda_gum 10.0 | 5.5 ± 0.71 (2) |\n| GUM, lambda_gum 0.0 | 5 (1) |\n"
+            in table_of(capsys, "a", "b", "c"))
 
 
 def drawn_by(folders):
@@ -508,19 +410,33 @@ def drawn_by(folders):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(compare, "draw", lambda path, *figure: seen.update({path.name: figure}))
         main("figures", *folders)
-    return seen
+    return {name.removesuffix("-toysql-small"): figure for name, figure in seen.items()}
 
 
-def test_figures_are_drawn_and_not_blank(fakes):
+def test_figures_show_the_runs_and_are_not_blank(fakes):
     from matplotlib import image
 
-    figures = {name.removesuffix("-toysql-small") for name in drawn_by(fakes)}
-    assert figures == {"redundancy-ratios", "redundancy-values", "layers", *(
+    figures, left = drawn_by(fakes), "share of neurons left"
+    assert figures.keys() == {"redundancy-ratios", "redundancy-values", "layers", *(
         f"{kind}-{which}" for kind in ("similarity", "training")
         for which in ("0.25", "0.1", "0.25-distilled", "0.1-distilled"))}
-    few = [folder for folder in fakes if "none" in folder or folder == "out/gum-0.25-0"]
-    main("figures", *few, "--out", "drawn")
-    names = ["layers", "redundancy-ratios", "redundancy-values", "similarity-0.25", "training-0.25"]
+    without, taught = (figures["redundancy-values"][0][
+        how + " distillation", "leftover wanted (share of neurons)", "sensitivity (nats)"]
+        for how in ("without", "with"))
+    assert sorted((*xs, *ys) for curve, xs, ys in without if curve == "GUM") == [
+        (0.1, 0.25), (0.1, 0.5), (0.25, 0.5), (0.25, 0.7), (0.25, 0.75)]
+    assert [(*xs, *ys) for curve, xs, ys in taught if curve == "Dense"] == [(1.0, 0.9)] * 2
+    layers = figures["layers"][0]["leftover 0.1, with distillation", "layer", left]
+    assert [(curve, *xs, *ys) for curve, xs, ys in layers] == [("GUM", 1, 2, 0.1, 0.1)] * 2
+    counted = figures["similarity-0.25"][0]["layer 2", "largest |cos| to another neuron",
+                                            "share of neurons"]
+    assert {curve for curve, *_ in counted} == {"Dense", "Top_v", "GUM"}
+    assert all(ys == [0] * 5 + [1] + [0] * 4 and xs[5] == 0.55 for _, xs, ys in counted)
+    of_gum = figures["training-0.25"][0]["GUM", "step", left]
+    assert {curve for curve, *_ in of_gum} == {"layer 1", "layer 2"}
+    assert all(xs == [*range(1, 30)] and ys == [5 / 20] * 29 for _, xs, ys in of_gum)
+    main("figures", *fakes[:1], *(folder for folder in fakes if "none" in folder), "--out", "drawn")
+    names = ["layers", "redundancy-ratios", "redundancy-values", "similarity-0.1", "training-0.1"]
     assert sorted(os.listdir("drawn")) == [f"{name}-toysql-small.{form}" for name in names
                                            for form in ("pdf", "png")]
     for path in Path("drawn").glob("*.png"):
@@ -529,94 +445,58 @@ def test_figures_are_drawn_and_not_blank(fakes):
         assert pixels.shape[1] == 1800 and 0.01 < dark < 0.5, path
 
 
-def test_the_curves_are_those_of_the_runs(fakes):
-    figures = {name.removesuffix("-toysql-small"): panels
-               for name, (panels, _) in drawn_by(fakes).items()}
-    without, with_teacher = (
-        figures["redundancy-values"][how, "leftover wanted (share of neurons)", "sensitivity (nats)"]
-        for how in ("without distillation", "with distillation"))
-    assert sorted((xs, ys) for curve, xs, ys in without if curve == "GUM") == [
-        ([0.1], [0.25]), ([0.1], [0.5]), ([0.25], [0.5]), ([0.25], [0.7]), ([0.25], [0.75])]
-    assert [(xs, ys) for curve, xs, ys in with_teacher if curve == "Dense"] == [([1.0], [0.9])] * 2
-    left = "share of neurons left"
-    layers = figures["layers"]["leftover 0.1, with distillation", "layer", left]
-    assert [(curve, *xs, *ys) for curve, xs, ys in layers] == [("GUM", 1, 2, 0.1, 0.1)] * 2
-    counted = figures["similarity-0.25"]["layer 2", "largest |cos| to another neuron",
-                                         "share of neurons"]
-    assert {curve for curve, *_ in counted} == {"Dense", "Top_v", "GUM"}
-    assert all(ys == [0] * 5 + [1] + [0] * 4 and xs[5] == 0.55 for _, xs, ys in counted)
-    of_gum = figures["training-0.25"]["GUM", "step", left]
-    assert {curve for curve, *_ in of_gum} == {"layer 1", "layer 2"}
-    assert all(xs == [*range(1, 30)] and ys == [5 / 20] * 29 for _, xs, ys in of_gum)
-
-
 def test_every_method_has_its_own_look_also_a_new_one(fakes, monkeypatch, capsys):
-    for n, name in enumerate(("mine", "yours")):
+    for name, value in ("mine", 0.6), ("yours", 0.7):
         monkeypatch.setitem(prune.METHODS, name, prune.Method(f"Method {name}", "a new one"))
-        fake(f"out/{name}", name, 0.25, value=0.6 + n / 10)
-    folders = [*fakes, "out/mine", "out/yours"]
-    assert "| Method mine | - | 0.6 (1) | - |" in table_of(capsys, *folders)
-    figures, looks = drawn_by(folders), {}
-    fewer = drawn_by(folder for folder in folders if "soft" not in folder)
-    names = {method.name for method in prune.METHODS.values()}
+        fake(f"out/{name}", name, 0.25, value=value)
+        fakes.append(f"out/{name}")
+    assert "| Method mine | - | 0.6 (1) | - |" in table_of(capsys, *fakes)
+    figures, fewer = drawn_by(fakes), drawn_by(name for name in fakes if "soft" not in name)
+    names, looks = {method.name for method in prune.METHODS.values()}, {}
     for _, styles in (*figures.values(), *fewer.values()):
         for name in names & styles.keys():
             looks.setdefault(name, set()).add((styles[name]["color"], styles[name]["marker"]))
     assert looks.keys() == names - {"Magnitude", "Random"}
     colours, markers = (set(each) for each in zip(*(look for [look] in looks.values())))
     assert len(colours) == len(markers) == 6
-    compare.draw(Path("drawn"), *figures["training-0.25-toysql-small"])
-    assert any(curve == "Method mine" for lines in figures["training-0.25-toysql-small"][0].values()
-               for curve, *_ in lines)
+    panels, styles = figures["training-0.25"]
+    assert any("Method mine" in line for lines in panels.values() for line in lines)
+    compare.draw(Path("drawn"), panels, styles)
 
 
 # Mistakes.
 
 
 @pytest.mark.parametrize("words,says", [
-    ("nowhere", "nowhere"),
-    ("", "RUN"),
-    ("small", "small --dataset"),
-    ("small --dataset wiki", "wiki stdlib"),
-    ("small --dataset stdlib --block-size 999", "999 128"),
-    ("small --dataset stdlib --outputs", "--outputs stdlib"),
-    ("small --dataset stdlib --examples -1", "--examples least"),
-    ("small --dataset stdlib --beams 0", "--beams least"),
-    ("small --dataset stdlib --device foo", "--device foo cuda"),
-    ("small --dataset e2e --data-path nothing", "nothing"),
-    ("small --dataset stdlib --dense nowhere", "nowhere"),
-    ("empty --dataset stdlib", "empty config.json"),
-    ("unfinished", "unfinished finished --resume"),
-    ("sample small --prompt x --dense unfinished", "unfinished finished --resume"),
-    ("damaged", "damaged/metrics.json damaged remove"),
-    ("table cut", "cut/measure.json damaged remove"),
-    ("table small", "small metrics.json"),
-    ("table fake --metric bleu", "bleu measure.py fake"),
+    ("sample small --prompt x --dense unfinished", "unfinished finished --resume"), ("", "RUN"),
+    ("small --dataset stdlib --device foo", "--device foo cuda"), ("sample small", "--prompt"),
+    ("small --dataset stdlib --examples -1", "--examples least"), ("small", "small --dataset"),
+    ("small --dataset stdlib --outputs", "--outputs stdlib"), ("figures fake", "measure.py fake"),
+    ("small --dataset e2e --data-path nothing", "nothing"), ("table small", "small metrics.json"),
+    ("small --dataset stdlib --block-size 999", "999 128"), ("sample small --prompt=", "prompt"),
+    ("small --dataset stdlib --dense nowhere", "nowhere"), ("table fake --beams 3", "--beams"),
+    ("small --dataset stdlib --beams 0", "--beams least"), ("table unknown", "unknown mine"),
+    ("table fake --metric bleu", "bleu measure.py fake"), ("small --dataset wiki", "wiki stdlib"),
+    ("damaged", "damaged/metrics.json damaged remove"), ("nowhere", "nowhere"),
     ("table fake --metric speed", "speed perplexity"),
-    ("table unknown", "unknown mine"),
-    ("figures fake", "measure.py fake"),
-    ("sample small", "--prompt"),
-    ("sample small --prompt=", "prompt"),
-    ("table fake --beams 3", "--beams")])
+    ("table cut", "cut/measure.json damaged remove"),
+    ("empty --dataset stdlib", "empty config.json"),
+    ("unfinished", "unfinished finished --resume")])
 def test_a_mistake_gets_one_line_and_status_2(words, says, capsys):
-    start()
+    save("small")
     fake("fake", "gum")
     fake("unknown", "mine")
     for name, content in (("empty/a", ""), ("unfinished/settings", '{"method": "gum"}'),
                           ("damaged/metrics", "{half"), ("cut/measure", "{}")):
         os.mkdir(Path(name).parent)
         Path(f"{name}.json").write_text(content)
-    with pytest.raises(SystemExit) as stopped:
-        main(*words.split())
-    assert stopped.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith("measure.py: error: ")
-    assert len(lines) <= 1 + lines[0].startswith("reading")
-    assert all(word in lines[-1] for word in says.split()), lines[-1]
+    assert pytest.raises(SystemExit, main, *words.split()).value.code == 2
+    *before, line = capsys.readouterr().err.strip().splitlines()
+    assert not before or before[0].startswith("reading") and len(before) == 1
+    assert line.startswith("measure.py: error: ") and all(word in line for word in says.split())
     assert list(Path().glob("*/measure.json")) == [Path("cut/measure.json")]
 
 
 def test_help_is_no_mistake(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main("--help")
-    assert stopped.value.code == 0 and "table" in capsys.readouterr().out
+    assert pytest.raises(SystemExit, main, "--help").value.code == 0
+    assert "measure.py table" in capsys.readouterr().out
