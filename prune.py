@@ -281,11 +281,9 @@ def distillation_loss(logits, taught, temperature):
 
 
 def token_loss(logits, targets, taught, how):
-    """The loss in nats, summed over n tokens: cross-entropy, or with a teacher
-    alpha_ce CE + alpha_kd T^2 KL.
-
-    `logits` [n, V], `targets` [n], `taught` [n, V] or None. `how` has label_smoothing, and for a
-    teacher alpha_ce, alpha_kd and temperature.
+    """Cross-entropy, or with a teacher alpha_ce CE + alpha_kd T^2 KL, in nats, the sum over the n
+    tokens of `logits` [n, V], `targets` [n] and `taught` [n, V] or None. `how` has label_smoothing,
+    and for a teacher alpha_ce, alpha_kd and temperature.
     """
     loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=how.label_smoothing)
     if taught is None:
@@ -344,12 +342,9 @@ class HeadLoss(torch.autograd.Function):
 
 @torch.no_grad()
 def shrink(model, multiple_of=1):
-    """Make the pruned widths real, in place: each MLP has only its neurons in `keep` left. Returns
-    the model.
-
-    `multiple_of` rounds every width up with neurons whose weights are zero, for devices that are
-    faster so; the model computes the same.
-    Parameters are replaced, so training on takes a new optimizer.
+    """Make the pruned widths real, in place, and return the model. Parameters are replaced, so
+    training on takes a new optimizer. `multiple_of` rounds every width up with zero neurons, for
+    devices that are faster so; the model computes the same.
     """
     widths = []
     for mlp in (block.mlp for block in model.h):

@@ -307,9 +307,9 @@ def load_model(name, args):
 
 
 def run(flags, implied=False):
-    """Make the run that `flags` (from `parse`) describe, for `tiny` first the dense run that is
-    `implied`. Returns its metrics. Raises ValueError or OSError for a user's mistake, before
-    anything is trained, and what `train` raises."""
+    """Make the run of `flags` (from `parse`), for `tiny` first the dense run that is `implied`.
+    Returns its metrics. Raises ValueError or OSError for a user's mistake, before anything is
+    trained, and what `train` raises."""
     args = resolve(flags)
     if args.accumulate * PROCESSES > args.batch_size:
         raise ValueError(f"--accumulate {args.accumulate} on {PROCESSES} processes is more than "
@@ -542,13 +542,13 @@ def check_together(args):
          f"--lambda-gum goes with learned scores, not --method {name}"),
         (args.sim_tokens and not (unique or METHODS[name].measure),
          "--sim-tokens goes with --method gum, or --lambda-gum above 0"),
-        (distilling and not args.distill, f"{distilling} goes with --distill"),
-        (args.compile and args.gradient_checkpointing,
-         "--compile and --gradient-checkpointing do not go together"),
-        (args.steps and args.epochs, "--steps and --epochs both say how long: give one of them"),
-        (args.distill and args.label_smoothing, "--label-smoothing does not go with --distill")):
+        (distilling and not args.distill, f"{distilling} goes with --distill")):
         if wrong:
             fail(message)
+    for one, other in (("compile", "gradient_checkpointing"), ("steps", "epochs"),
+                       ("distill", "label_smoothing")):
+        if getattr(args, one) and getattr(args, other):
+            fail(f"{flag_of(one)} and {flag_of(other)} do not go together: give one of them")
 
 
 def resolve(flags):
@@ -592,8 +592,8 @@ def join_processes(flags):
     if device == "cuda" and int(os.environ["LOCAL_RANK"]) < gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
     elif device != "cpu":
-        raise ValueError(f"--device {device} with torchrun: it is cuda, or cpu, and this machine "
-                         f"has {gpus} GPUs, each for one process")
+        raise ValueError(f"--device {device} with torchrun: it is cpu, or cuda with a GPU for each "
+                         f"process, not {gpus} in all")
     dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(hours=1))
 
 

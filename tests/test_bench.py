@@ -114,7 +114,7 @@ def test_steps_are_timed_with_and_without_a_teacher(capsys, monkeypatch):
 
 @pytest.mark.parametrize("words,says", [
     ("generation small", "small --dense"), ("generation nowhere", "nowhere"), ("generation", "RUN"),
-    ("steps --model nowhere", "nowhere config.json"), ("steps --rounds 0", "--rounds least"),
+    ("steps --model nowhere", "nowhere config.json"), ("steps --rounds 0", "--rounds above"),
     ("steps --compile --gradient-checkpointing", "--compile --gradient-checkpointing together")])
 def test_a_mistake_gets_one_line_and_status_2(words, says, capsys):
     save("small")

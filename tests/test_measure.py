@@ -475,7 +475,7 @@ def test_every_method_has_its_own_look_also_a_new_one(fakes, monkeypatch, capsys
     ("small --dataset e2e --data-path nothing", "nothing"), ("table small", "small metrics.json"),
     ("small --dataset stdlib --block-size 999", "999 128"), ("sample small --prompt=", "prompt"),
     ("small --dataset stdlib --dense nowhere", "nowhere"), ("table fake --beams 3", "--beams"),
-    ("small --dataset stdlib --beams 0", "--beams least"), ("table unknown", "unknown mine"),
+    ("small --dataset stdlib --beams 0", "--beams above"), ("table unknown", "unknown mine"),
     ("table fake --metric bleu", "bleu measure.py fake"), ("small --dataset wiki", "wiki stdlib"),
     ("damaged", "damaged/metrics.json damaged remove"), ("nowhere", "nowhere"),
     ("table fake --metric speed", "speed perplexity"),

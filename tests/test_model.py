@@ -369,11 +369,15 @@ def hub_cache(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name, error, message", [
-    *((name, ConnectionError, f"no folder '{name}', .* use --model DIR or tiny")
-      for name in ("gpt2", "EleutherAI/gpt-neo-125m", "out/mistyped")),
-    *((name, FileNotFoundError, f"'{name}' is no folder, nor a public model of the Hub")
-      for name in ("no/such/folder", "/no/such/folder", "", "owner/", "../model"))])
-def test_a_name_that_leads_to_no_model_is_one_clear_error(hub_cache, name, error, message):
+    *((name, ConnectionError, f"can't get '{name}' from the Hub .* or use --model tiny")
+      for name in ("gpt2", "EleutherAI/gpt-neo-125m")),
+    *((name, FileNotFoundError, f"no model '{name}': there is no such folder, and a Hub's name is")
+      for name in ("no/such/folder", "/no/such/folder", "", "owner/", "../model", "gpt5",
+                   "results/mistyped"))])
+def test_a_name_that_leads_to_no_model_is_one_clear_error(
+        hub_cache, name, error, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
     with pytest.raises(error, match=message) as caught:
         GPT.from_pretrained(name)
     assert "\n" not in str(caught.value)
