@@ -86,11 +86,10 @@ def prefill_speed(models, idx, rounds=7):
 
 @torch.no_grad()
 def exact_matches(model, examples):
-    """For each example, in the order of `by_length`: would the model write exactly the target?
+    """For each example, in the order of `by_length`: would greedy decoding write just the target?
 
-    Is every token of it, end of text included, the arg-max after the true ones before it? Greedy
-    decoding then picks the same first token, so reads the same text, so picks the same second one,
-    and so on: the same event, for one forward pass.
+    It does if every token of it, end of text included, is the arg-max after the true ones before
+    it: the first is picked, so the same text is read, so the second is picked, and so on.
     """
     matches = []
     for idx, targets, _ in batches(model, examples):
@@ -169,8 +168,8 @@ def span_residuals(C, ridge=1e-6):
     """The share of |h_i|^2 that no linear combination of the layer's other neurons gives. [k]
 
     1 / (C_ii (C^-1)_ii) (Definition 3.1), with `ridge` times the mean of C's diagonal added to it,
-    lest C be singular: 0 if h_i is in the others' span, 1 if orthogonal to them. It takes more
-    tokens than neurons to mean anything.
+    lest C be singular: 0 in the others' span, 1 orthogonal to it. Means nothing if there are fewer
+    tokens than neurons.
     """
     silent = C.diagonal() == 0  # h_i = 0 is in any span; its C_ii may be anything above 0
     ridged = C + torch.diag_embed(ridge * C.diagonal().mean() + silent)
@@ -404,8 +403,7 @@ def parse(parser, groups, words):
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         parser.error(f"--device {device}: it is cuda or cpu")
     if device != "cpu" and not torch.cuda.is_available():
-        parser.error(f"--device {device}: this machine, or this build of torch, has no CUDA; use "
-                     "--device cpu")
+        parser.error(f"--device {device}: this machine or torch has no CUDA; use --device cpu")
     return args
 
 
@@ -436,8 +434,7 @@ FLAGS = dict(
 
 
 def call(commands, flags, about):
-    """Call the one of `commands` that the command line names, or the first. A mistake ends in one
-    line and status 2."""
+    """Call which of `commands` the command line names, or the first. A mistake is one line."""
     words, commands = sys.argv[1:], {command.__name__: command for command in commands}
     name = words.pop(0) if words and words[0] in commands else next(iter(commands))
     parser = argparse.ArgumentParser(description=about,

@@ -73,8 +73,8 @@ def above_threshold(scores, tau, least):
 def movement(mlp):
     """dL/dS_j = sum of W * dL/dW over neuron j's group (eq. 1), after the backward pass. [m]
 
-    The mask of a kept neuron is 1 and lets gradients straight through, so those of the masked
-    weights are the weights' own. A skipped neuron's are 0, and so is its score's.
+    A kept neuron's mask is 1 and lets gradients straight through, so the masked weights' are the
+    weights' own. A skipped neuron's are 0, and so is its score's.
     """
     w1, b1, w2 = mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight  # [m, d] [m] [d, m]
     return (w1 * w1.grad).sum(1) + b1 * b1.grad + (w2 * w2.grad).sum(0)
@@ -90,7 +90,7 @@ def similarity(C):
     """|sim(h_i, h_j)| = |C_ij| / (C_ii C_jj)^(1/2) (eq. 3, Algorithm 1) [k, k], from `C` [k, k].
 
     The paper's Q_i is C_ii. The absolute value is the released code's: an opposite neuron is as
-    redundant as an equal one. 0 for i = j, and for a neuron that is always 0: it is like nothing.
+    redundant as an equal one. 0 for i = j, and for a neuron that is always 0.
     """
     norm = C.diagonal().sqrt()  # |h_i| [k]
     inverse = torch.where(norm > 0, 1 / norm, 0.0)
@@ -202,9 +202,8 @@ class Pruner(nn.Module):
 
     @contextmanager
     def recording(self, tokens=None):
-        """While open, forward passes add to C and to what is measured, from the tokens numbered
-        `tokens` [s] of their B * T (None = all). A backward pass that computes activations again is
-        outside, so that each is seen once."""
+        """While open, forward passes add to C and to what is measured, of their B * T tokens those
+        numbered `tokens` [s], None = all. Not open when a backward pass computes h again."""
         for layer, mlp in enumerate(self.mlps if self.C or self.method.measure else ()):
             mlp.record = partial(self.record, layer, tokens)
         try:

@@ -35,7 +35,7 @@ from measure import ABOVE_0, AT_LEAST_0, SHARE, Flag, flag_of
 from model import GPT, SHAPES, GPTConfig
 from prune import METHODS, HeadLoss, Pruner, defaults_of, lr_factor, shrink, v_at
 
-# Launched by torchrun, N processes train in step, each on its share of every batch; 0 alone writes.
+# Launched by torchrun, several train in step, each on its share of a batch; 0 alone writes.
 PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -98,8 +98,8 @@ def train(args, steps, model, teacher, train_data, val_data, checkpoint, stop):
     """The loop: fine-tune `model` for `steps`, pruning as the schedule says. Returns its progress,
     with seconds and tokens; the model is left skipping the pruned neurons.
 
-    `checkpoint`: what to go on from, or None. Once something is in the list `stop`, the loop saves
-    a checkpoint and raises KeyboardInterrupt. Raises FloatingPointError when the loss is no number.
+    `checkpoint`: what to go on from, or None. Once there is something in the list `stop`, saves one
+    and raises KeyboardInterrupt. Raises FloatingPointError when the loss is no number.
     """
     folder, eval_every = Path(args.out), args.eval_every or max(steps // 5, 1)
     pruner = Pruner(model, args.method, args.leftover, steps, args.scope, args.lambda_mvp,
@@ -281,14 +281,14 @@ def locked(folder, wait):
         with FileLock(folder / LOCK, timeout=-1 if wait else 0):
             yield
     except Timeout as error:
-        raise ValueError(f"another process is at work in {folder}: wait, or name another --out"
-                         ) from error
+        taken = f"another process is at work in {folder}: wait, or name another --out"
+        raise ValueError(taken) from error
     (folder / LOCK).unlink(missing_ok=True)  # the run is finished: nobody will make it again
 
 
 def dense_run(args, flags):
-    """The folder of the dense run of the same data, model and seed, and its flags: the same but for
-    pruning. Without it, another finished one can teach (`tiny` makes its own on the spot)."""
+    """The folder of the dense run of the same data, model and seed, or of another like it that is
+    finished, and the flags that make it: the same but for pruning."""
     without = dict.fromkeys([*FLAGS["pruning"], *FLAGS["distillation"], "out", "resume"])
     dense = SimpleNamespace(**vars(flags) | without | dict(method="none"))
     folder = Path(resolve(dense).out)
@@ -379,15 +379,15 @@ def run(flags, implied=False):
 
         def finish():
             shrink(model).save_pretrained(out)
+            gpu = args.device != "cpu" and torch.cuda.get_device_name(args.device)
             metrics = dict(settings=settings_of(args), steps=steps, block_size=block_size,
                            processes=PROCESSES, seconds=done.seconds, tokens=done.tokens,
-                           tokens_per_second=done.tokens / done.seconds)
+                           tokens_per_second=done.tokens / done.seconds,
+                           versions=dict(python=platform.python_version(), torch=torch.__version__),
+                           machine=gpu or platform.machine())
             models = load_model(source, args).eval(), load_model(out, args).eval()
             metrics |= compare(*models, val_data, args)
-            metrics["versions"] = dict(python=platform.python_version(), torch=torch.__version__)
-            metrics["machine"] = (platform.machine() if args.device == "cpu" else
-                                  torch.cuda.get_device_name(args.device))
-            measure.write_whole(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+            measure.write_whole(out / "metrics.json", json.dumps(metrics, indent=2))
             for file in ("checkpoint.pt", "settings.json"):
                 (out / file).unlink(missing_ok=True)
             return metrics
@@ -450,8 +450,7 @@ FLAGS = {
         method=Flag(METHODS, "how neurons are chosen: " + "; ".join(
             f"{name}, {method.about}" for name, method in METHODS.items()), "gum"),
         model=Flag(str, "a Hub name (gpt2, EleutherAI/gpt-neo-125m), a folder in Hugging Face's "
-                   "format or a finished run's, or tiny, a byte-level GPT-2, first trained dense",
-                   "tiny"),
+                   "format, a finished run's, or tiny, which is first trained dense", "tiny"),
         seed=Flag(int, "of the initialisation, the data's order and random scores", 0,
                   within="from 0 to 2^31 - 1"),
         out=Flag(str, "the run's folder (default: out/NAME, named from the settings)"),
