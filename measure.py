@@ -181,9 +181,8 @@ def redundancy(Cs, threshold=0.8, bins=10):
     """Uniqueness, span uniqueness (None if nothing is left) and `counts`, from all layers' C.
 
     Uniqueness = 1 - duplicates / neurons: a duplicate has |cos| >= 0.8 to a *later* neuron of its
-    layer, so of k copies one is unique (Appendix E). Span uniqueness is the mean of
-    `span_residuals`. `counts`: each layer's neurons by the largest |cos| to another one, in `bins`
-    ranges from 0 to 1 (Figure 3).
+    layer, so of k copies one is unique (Appendix E). Span uniqueness: the mean of `span_residuals`.
+    `counts`: a layer's neurons by the largest |cos| to another, in `bins` from 0 to 1 (Figure 3).
     """
     duplicates, shares, counts = 0, [], [[0] * bins for _ in Cs]
     for layer, C in enumerate(Cs):  # one at a time: each takes a few times the memory of C
@@ -234,13 +233,13 @@ def read_model(folder):
     """`read_run`, of a finished run or a folder with only a model."""
     run = read_run(folder)
     if run.state == "interrupted":
-        raise ValueError(f"{folder} is not finished: go on with its train.py command and --resume")
+        raise ValueError(f"{folder} is not finished: go on with its command and --resume")
     return run
 
 
 def find_dense(folders, settings):
-    """The finished dense run among those in `folders` that is of the same data, model and seed as
-    `settings`, and most alike in all else; or None."""
+    """The finished dense run in one of `folders` of the same data, model and seed as `settings`,
+    and most alike in all else; or None."""
     def origin(settings):  # the same folder is the same model, however it was written
         return [os.path.realpath(settings.get("model", "")),
                 *map(settings.get, ("dataset", "data_config", "seed"))]
@@ -305,8 +304,7 @@ def evaluate(args):
         known = run.settings | dict(block_size=run.metrics.get("block_size")) | given
         on, dense, base, full = On(*map(known.get, On._fields)), dense_run(run, args.dense), {}, ()
         if not on.dataset:
-            raise ValueError(f"{run.path} does not say what it was trained on: add --dataset, and "
-                             "--block-size")
+            raise ValueError(f"{run.path} does not say what to measure it on: add --dataset")
         values, counts, widths, texts = measure(run.path.absolute(), args.device, on)
         if dense:
             base, _, full, _ = measure(dense.path.absolute(), args.device, on)

@@ -16,7 +16,6 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
 
 
@@ -386,8 +385,9 @@ def read_tensors(folder):
             files = [folder / name for name in sorted(names)]
         for file in files:
             if file.suffix == ".safetensors":
-                for name in safe_open(file, "pt").keys():  # until closed, it keeps what was read
-                    yield name, safe_open(file, "pt").get_tensor(name)
+                for name in safetensors.safe_open(file, "pt").keys():
+                    # Opened anew: until it is closed, a file keeps what was read of it.
+                    yield name, safetensors.safe_open(file, "pt").get_tensor(name)
             else:
                 tensors = torch.load(file, map_location="cpu", weights_only=True)
                 for name in list(tensors):

@@ -11,9 +11,8 @@ in `mlp.keep` [k]; the others are skipped (`model.MLP` says why that equals a ma
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -110,8 +109,7 @@ def regulariser(scores, U, lambda_t, lambda_gum):
 # The methods.
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """What tells one method from another. The rest is the same for all: schedule, scopes,
     uniqueness, micro-batches, processes, resuming, tables and figures."""
 
@@ -121,7 +119,7 @@ class Method:
     score: Callable = None  # or computed at every step: (mlp, measured [m]) -> S [m]
     measure: Callable = None  # h [tokens, k] -> [tokens, k], whose running mean is `measured`
     threshold: bool = False  # keep what is above a rising tau_t, not the best v_t
-    defaults: dict = field(default_factory=dict)  # of flags, where the general ones do not suit
+    defaults: dict = {}  # of flags, where the general ones do not suit
 
 
 METHODS = {
@@ -271,9 +269,8 @@ class Pruner(nn.Module):
 
 
 def distillation_loss(logits, taught, temperature):
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)) (section 2), in nats, the sum over the n
-    tokens of `logits` and `taught`, the teacher's, [n, V].
-    """
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)) (section 2), in nats, summed over the n
+    tokens of `logits` and of the teacher's, `taught`: [n, V]."""
     student = F.log_softmax(logits / temperature, dim=-1)
     teacher = F.log_softmax(taught / temperature, dim=-1)
     return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="sum")

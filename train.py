@@ -24,7 +24,6 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 from filelock import FileLock, Timeout
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -51,12 +50,12 @@ def make_optimizer(model, pruner, args):
 
 
 def autocast_of(args):
-    """Matrix products in bfloat16, or nothing of the kind, as `args.dtype` says."""
+    """Matrix products in bfloat16, if `args.dtype` says so."""
     return torch.autocast(torch.device(args.device).type, torch.bfloat16, args.dtype == "bfloat16")
 
 
 def hidden(model, micro):
-    """The final hidden states of a micro-batch's tokens that are asked for the next one. [n, d]"""
+    """The final hidden states of the tokens that are asked for the next one. [n, d]"""
     x = model(micro.idx, head=False).flatten(0, 1)  # [B T, d]
     return x if micro.places is None else x.index_select(0, micro.places)
 
@@ -88,7 +87,7 @@ def fine_prune(model, pruner, optimizer, micro_batches, step, args, teacher=None
         dist.all_reduce(total)
         total /= PROCESSES
     pruner.update(step)  # the scores' gradient
-    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # the weights' alone, not the scores'
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # not the scores'
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return widths, total, norm
@@ -225,7 +224,7 @@ def cut_log(folder, step):
 
 
 def log(folder, progress, record, bar):
-    """Append `record` to log.jsonl, with means over the steps since the line before."""
+    """Append `record` to log.jsonl, with means over the steps since the last line."""
     n = progress.since
     record = dict(step=progress.step, loss=progress.loss / n, grad_norm=progress.norm / n,
                   **record, seconds=progress.seconds,
@@ -323,8 +322,8 @@ def run(flags, implied=False):
     if args.distill and not (args.teacher or has_dense or tiny):
         given = [word for name, value in vars(dense_flags).items() if value is not None
                  for word in (flag_of(name), str(value))[: 1 if value is True else 2]]
-        raise ValueError("--distill found no teacher: name one with --teacher, or make it first "
-                         f"with: python train.py {shlex.join(given)}")
+        raise ValueError("--distill found no teacher: name one with --teacher, or first make it: "
+                         f"python train.py {shlex.join(given)}")
 
     # What can be wrong with the model, the data and the teacher is found here.
     source = dense if tiny and args.method != "none" else args.model
@@ -396,7 +395,7 @@ def run(flags, implied=False):
 
 
 def compare(start, result, val_data, args):
-    """Both models' loss on the whole validation split (nats per token), size, speed, a sample."""
+    """Both models' loss on all validation data (nats per token), size, speed, and a sample."""
     if args.dataset == "stdlib":
         ids = data.tokenizer(result.config.vocab_size).encode("def ")[: val_data.block_size]
     elif isinstance(val_data, data.Blocks):
@@ -459,8 +458,8 @@ FLAGS = {
         dataset=Flag(data.DATASETS, "what to train on", "stdlib"),
         data_path=Flag(str, "a local folder with the data in the Hub's layout"),
         data_config=Flag(str, "its configuration (wikitext: wikitext-103-v1)"),
-        block_size=Flag(int, f"tokens per sequence (default: {str(BLOCK_SIZE)[1:-1]}, at most the "
-                        "model's context)", within=ABOVE_0)),
+        block_size=Flag(int, "tokens per sequence (default: at most the context, "
+                        f"{str(BLOCK_SIZE)[1:-1]})", within=ABOVE_0)),
     "training": dict(
         steps=Flag(int, "optimizer steps (default: what --epochs make)", None, 1000, ABOVE_0),
         epochs=Flag(float, "passes over the training split (samsum: 3)", 5.0, None, ABOVE_0),
@@ -480,8 +479,7 @@ FLAGS = {
         lambda_gum=Flag(float, "weight of uniqueness in it (gum: 10, and 100 when distilling)",
                         USUAL["lambda_gum"], None, AT_LEAST_0),
         lambda_sim=Flag(float, "how fast running means forget", USUAL["lambda_sim"], None, SHARE),
-        sim_tokens=Flag(int, "take them over so many random tokens of a step (default: all)",
-                        within=ABOVE_0),
+        sim_tokens=Flag(int, "of so many random tokens of a step (default: all)", within=ABOVE_0),
         tau=Flag(float, "soft movement's final threshold", USUAL["tau"], None, ABOVE_0)),
     "distillation": dict(
         distill=Flag(None, "learn from a dense model, too"),
@@ -598,7 +596,7 @@ def join_processes(flags):
 
 def main():
     flags = parse()
-    # AdamW's mean of a pruned neuron's gradients shrinks to numbers that slow a CPU down.
+    # A pruned neuron's mean gradient fades to numbers so small that they slow a CPU down.
     torch.set_flush_denormal(True)
     try:
         if PROCESSES > 1:
