@@ -146,9 +146,9 @@ def defaults_of(method):
 class Pruner(nn.Module):
     """Keeps the scores, chooses the neurons to keep at every step, and gives the scores gradients.
 
-    A step is: `select(step)`; forward passes of all micro-batches, each `with recording(tokens)`,
-    and their backward passes; `update(step)`; the optimizer's step. Settings that are None are the
-    method's own. The state_dict is all that the next step depends on.
+    A step is: `select(step)`; each micro-batch's forward pass `with recording(tokens)` and backward
+    pass; `update(step)`; the optimizer's step. Settings that are None are the method's own. The
+    state_dict is all that the next step depends on.
     """
 
     def __init__(self, model, method, leftover, steps, scope=None, lambda_mvp=None, lambda_gum=None,
@@ -295,10 +295,10 @@ def token_loss(logits, targets, taught, how):
 
 class HeadLoss(torch.autograd.Function):
     """`token_loss` of final hidden states `x` [n, d] under the output head [V, d], without ever
-    holding all logits [n, V]: with a vocabulary of 50,257 they would need most of the memory.
+    holding all logits [n, V]: with a vocabulary of 50,257 they would take most of the memory.
 
-    Gradients are taken here, some tokens' logits at a time, and only scaled in the backward pass.
-    `teacher`: None, or its final hidden states [n, d'] and its head [V, d']. Products are in the
+    Gradients are taken here, some tokens at a time, and only scaled in the backward pass.
+    `teacher`: None, or its final hidden states [n, d'] and head [V, d']. Products are in the
     autocast dtype, the loss in float32 at least.
     """
 

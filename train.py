@@ -1,9 +1,9 @@
 """Fine-prune a GPT: `python train.py --method gum --dataset wikitext --model gpt2 --leftover 0.25`.
 
 In order: a step of fine-pruning, the loop around it, what a run keeps in its folder, a whole run
-and the table it closes with, and last the flags. Nothing here depends on a random state that would
-have to be saved: the order of the data is a function of the seed and the step. So an interrupted
-run (of one process) goes on bit for bit as if it had not been interrupted.
+and its closing table, the flags. The order of the data is a function of the seed and the step, and
+nothing else is random: so an interrupted run (of one process) goes on bit for bit as if it had not
+been interrupted.
 """
 
 import argparse
@@ -21,7 +21,6 @@ from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,16 +31,16 @@ from tqdm import tqdm
 
 import data
 import measure
+from measure import ABOVE_0, AT_LEAST_0, SHARE, Flag, flag_of
 from model import GPT, SHAPES, GPTConfig
 from prune import METHODS, HeadLoss, Pruner, defaults_of, lr_factor, shrink, v_at
 
-# Launched by torchrun, N processes run this file in step. Each trains on its share of every batch;
-# 0 alone writes.
+# Launched by torchrun, N processes train in step, each on its share of every batch; 0 alone writes.
 PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def make_optimizer(model, pruner, args):
-    """AdamW over weights, what is not decayed (biases and norms), and scores at their own rate."""
+    """AdamW over weights, what does not decay (biases, norms), and scores at their own rate."""
     groups = [dict(params=[p for p in model.parameters() if p.dim() >= 2], peak=args.lr,
                    weight_decay=args.weight_decay),
               dict(params=[p for p in model.parameters() if p.dim() < 2], peak=args.lr)]
@@ -97,7 +96,7 @@ def fine_prune(model, pruner, optimizer, micro_batches, step, args, teacher=None
 
 def train(args, steps, model, teacher, train_data, val_data, checkpoint, stop):
     """The loop: fine-tune `model` for `steps`, pruning as the schedule says. Returns its progress,
-    with seconds and tokens; on return the model skips the neurons that were pruned.
+    with seconds and tokens; the model is left skipping the pruned neurons.
 
     `checkpoint`: what to go on from, or None. Once something is in the list `stop`, the loop saves
     a checkpoint and raises KeyboardInterrupt. Raises FloatingPointError when the loss is no number.
@@ -106,7 +105,7 @@ def train(args, steps, model, teacher, train_data, val_data, checkpoint, stop):
     pruner = Pruner(model, args.method, args.leftover, steps, args.scope, args.lambda_mvp,
                     args.lambda_gum, args.lambda_sim, args.tau, args.seed)
     optimizer = make_optimizer(model, pruner, args)
-    progress = SimpleNamespace(step=0, saved=0, seconds=0.0, tokens=0, loss=0.0, norm=0.0, since=0)
+    progress = SimpleNamespace(step=0, saved=0, since=0, loss=0.0, norm=0.0, tokens=0, seconds=0.0)
     parts = dict(model=model, pruner=pruner, optimizer=optimizer)
     if checkpoint is not None:
         progress = SimpleNamespace(**checkpoint["progress"])
@@ -120,11 +119,11 @@ def train(args, steps, model, teacher, train_data, val_data, checkpoint, stop):
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if PROCESS == 0:
         cut_log(folder, progress.step)
-    bar = dict(total=steps, initial=progress.step, desc=folder.name, unit="step", mininterval=0.5,
-               dynamic_ncols=True) | (dict(disable=True) if PROCESS else {})
+    shown = dict(disable=True) if PROCESS else {}  # what TQDM_DISABLE says, on process 0
     model.train()
     clock = time.perf_counter()
-    with tqdm(**bar) as bar:
+    with tqdm(total=steps, initial=progress.step, desc=folder.name, unit="step", mininterval=0.5,
+              dynamic_ncols=True, **shown) as bar:
         for step in range(progress.step + 1, steps + 1):
             indices = batch_indices(step, len(train_data), args.batch_size, args.seed)
             batch, seed = train_data.batch(indices), 1_000_003 * args.seed + step
@@ -155,8 +154,8 @@ def train(args, steps, model, teacher, train_data, val_data, checkpoint, stop):
                                   leftover=sum(widths) / max(sum(pruner.widths), 1),
                                   lr=optimizer.param_groups[0]["lr"])
                     if evaluates and PROCESS == 0:
-                        record["val_loss"] = measure.mean_loss(model, val_data,
-                                                               autocast_of(args), most=16)
+                        loss = measure.mean_loss(model, val_data, autocast_of(args), most=16)
+                        record["val_loss"] = loss
                         model.train()
                     log(folder, progress, record, bar)
                 if saves:
@@ -183,7 +182,7 @@ def batch_indices(step, n, batch_size, seed):
 
 
 def told_by_first(function):
-    """What `function` returns, called by process 0 alone: the others wait, and get the same."""
+    """What `function` returns in process 0: the others wait, and get the same."""
     result = [function() if PROCESS == 0 else None]
     if PROCESSES > 1:
         dist.broadcast_object_list(result)
@@ -194,14 +193,14 @@ def check_finite(progress, args):
     """Fetch loss and norm from the device; FloatingPointError if one is not a number."""
     progress.loss, progress.norm = float(progress.loss), float(progress.norm)
     if not math.isfinite(progress.loss + progress.norm):
-        raise FloatingPointError(
-            f"the loss is no longer a finite number at step {progress.step}; the checkpoint of "
-            f"step {progress.saved} is kept; try a lower --lr than {args.lr:g}")
+        raise FloatingPointError(f"the loss is no longer a finite number at step {progress.step}; "
+                                 f"the checkpoint of step {progress.saved} is kept; try less than "
+                                 f"--lr {args.lr:g}")
 
 
-# A run's folder holds settings.json, from the start, log.jsonl and checkpoint.pt; at its end
-# config.json, model.safetensors and metrics.json, which is written last and so says that the run is
-# finished. Then settings.json and checkpoint.pt go.
+# A run's folder holds settings.json, log.jsonl and checkpoint.pt; at its end config.json,
+# model.safetensors and metrics.json, which is written last and so says that the run is finished.
+# Then settings.json and checkpoint.pt go.
 
 
 def save(folder, progress, parts):
@@ -215,7 +214,7 @@ def save(folder, progress, parts):
 
 
 def cut_log(folder, step):
-    """Drop what was logged after the checkpoint of `step`: it will come again."""
+    """Drop what was logged after `step`, the checkpoint's: it will come again."""
     path = folder / "log.jsonl"
     try:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -226,7 +225,7 @@ def cut_log(folder, step):
 
 
 def log(folder, progress, record, bar):
-    """Append a line to log.jsonl: `record`, and means over the steps since the line before."""
+    """Append `record` to log.jsonl, with means over the steps since the line before."""
     n = progress.since
     record = dict(step=progress.step, loss=progress.loss / n, grad_norm=progress.norm / n,
                   **record, seconds=progress.seconds,
@@ -258,18 +257,17 @@ def check_folder(args):
         raise ValueError(f"{out} exists and is no run's folder: name another with --out")
     if args.resume:
         if state == "new":
-            raise ValueError(f"nothing to resume in {out}: run the same command without --resume")
+            raise ValueError(f"nothing to resume in {out}: run the command without --resume")
         different = [f"{name} is {found.settings.get(name)} there and {value} here" for name, value
                      in settings_of(args).items() if found.settings.get(name) != value]
         if different:
-            raise ValueError(f"{out} is a run with other settings ({', '.join(different)}): resume "
-                             "it with its own command")
+            raise ValueError(f"{out} has other settings ({', '.join(different)}): resume it with "
+                             "its own command")
         return state
     if state == "finished":
         raise ValueError(f"{out} holds a finished run: name another with --out, or remove it")
     if (out / "checkpoint.pt").exists():
-        raise ValueError(f"{out} holds an interrupted run: add --resume to its command to go on, "
-                         "or remove it")
+        raise ValueError(f"{out} holds an interrupted run: go on with --resume, or remove it")
     return "new"
 
 
@@ -283,8 +281,8 @@ def locked(folder, wait):
         with FileLock(folder / LOCK, timeout=-1 if wait else 0):
             yield
     except Timeout as error:
-        raise ValueError(f"another process is at work in {folder}: wait for it, or name another "
-                         "--out") from error
+        raise ValueError(f"another process is at work in {folder}: wait, or name another --out"
+                         ) from error
     (folder / LOCK).unlink(missing_ok=True)  # the run is finished: nobody will make it again
 
 
@@ -300,22 +298,22 @@ def dense_run(args, flags):
     return folder, dense
 
 
-def load_model(source, args):
-    """The model in folder or Hub name `source`, or for None a new `tiny`, drawn from the seed."""
-    if source is not None:
-        return GPT.from_pretrained(source).to(args.device)
+def load_model(name, args):
+    """The model in a folder or of the Hub, or a new `tiny`, drawn from the seed."""
+    if name != "tiny":
+        return GPT.from_pretrained(name).to(args.device)
     torch.manual_seed(args.seed)
     return GPT(GPTConfig(**SHAPES["tiny"])).to(args.device)
 
 
 def run(flags, implied=False):
-    """Make the run that `flags` (from `parse`) describe, and for `tiny` first the dense run that is
-    `implied`. Returns its metrics. Raises ValueError or OSError for what the user got wrong, before
+    """Make the run that `flags` (from `parse`) describe, for `tiny` first the dense run that is
+    `implied`. Returns its metrics. Raises ValueError or OSError for a user's mistake, before
     anything is trained, and what `train` raises."""
     args = resolve(flags)
     if args.accumulate * PROCESSES > args.batch_size:
         raise ValueError(f"--accumulate {args.accumulate} on {PROCESSES} processes is more than "
-                         f"the {args.batch_size} sequences of a batch")
+                         f"--batch-size {args.batch_size}")
     out, tiny = Path(args.out), args.model == "tiny"
     dense, dense_flags = dense_run(args, flags)
     state, has_dense = told_by_first(
@@ -329,25 +327,23 @@ def run(flags, implied=False):
                          f"with: python train.py {shlex.join(given)}")
 
     # What can be wrong with the model, the data and the teacher is found here.
-    source = args.model if not tiny else dense if args.method != "none" else None
-    model = None if tiny else load_model(source, args)
-    config = GPTConfig(**SHAPES["tiny"]) if tiny else model.config
-    block_size = args.block_size or min(BLOCK_SIZE[args.dataset], config.n_positions)
-    if block_size > config.n_positions:
-        raise ValueError(f"--block-size {block_size} is longer than the model's context of "
-                         f"{config.n_positions} tokens")
-    where = config.vocab_size, block_size, args.data_path, args.data_config
-    train_data = data.load(args.dataset, "train", *where)
-    val_data = data.load(args.dataset, "validation", *where)
-    if args.method != "none" and not sum(config.mlp_widths):
+    source = dense if tiny and args.method != "none" else args.model
+    model = load_model(args.model, args)
+    vocab_size, n_positions = model.config.vocab_size, model.config.n_positions
+    block_size = args.block_size or min(BLOCK_SIZE[args.dataset], n_positions)
+    if block_size > n_positions:
+        raise ValueError(f"--block-size {block_size} exceeds the model's context of {n_positions}")
+    train_data, val_data = (data.load(args.dataset, split, vocab_size, block_size, args.data_path,
+                                      args.data_config) for split in ("train", "validation"))
+    if args.method != "none" and not sum(model.config.mlp_widths):
         raise ValueError(f"{args.model} has no MLP neurons left to prune")
     teacher = None
     if args.teacher or args.distill and not tiny:
         teacher = load_model(args.teacher or dense, args)
-        vocab_size, n_positions = teacher.config.vocab_size, teacher.config.n_positions
-        if vocab_size != config.vocab_size or n_positions < block_size:
-            raise ValueError(f"the teacher has a vocabulary of {vocab_size} and a context of "
-                             f"{n_positions} tokens, not {config.vocab_size} and {block_size}")
+        known = teacher.config
+        if known.vocab_size != vocab_size or known.n_positions < block_size:
+            raise ValueError(f"the teacher has a vocabulary of {known.vocab_size}, a context of "
+                             f"{known.n_positions}, not {vocab_size} and {block_size}")
     steps = args.steps or max(1, round(args.epochs * len(train_data) / args.batch_size))
     checkpoint, file = None, out / "checkpoint.pt"
     if state == "interrupted" and file.exists():
@@ -362,11 +358,11 @@ def run(flags, implied=False):
             return measure.read_run(out).metrics
         if PROCESS == 0:
             measure.write_whole(out / "settings.json", json.dumps(settings_of(args), indent=2))
-        if tiny and not has_dense and (source or args.distill and not args.teacher):
+        if tiny and not has_dense and (source == dense or args.distill and not args.teacher):
             say(f"first the dense model, in {dense}")
             dense_flags.resume = dense.is_dir() and measure.read_run(dense).state != "new" or None
             run(dense_flags, implied=True)
-        model = model or load_model(source, args)
+        model = model if source == args.model else load_model(source, args)
         if args.distill:
             say(f"teacher: {args.teacher or dense}")
             teacher = (teacher or load_model(dense, args)).requires_grad_(False).eval()
@@ -389,9 +385,8 @@ def run(flags, implied=False):
             models = load_model(source, args).eval(), load_model(out, args).eval()
             metrics |= compare(*models, val_data, args)
             metrics["versions"] = dict(python=platform.python_version(), torch=torch.__version__)
-            metrics["machine"] = platform.machine()
-            if args.device != "cpu":
-                metrics["machine"] = torch.cuda.get_device_name(args.device)
+            metrics["machine"] = (platform.machine() if args.device == "cpu" else
+                                  torch.cuda.get_device_name(args.device))
             measure.write_whole(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
             for file in ("checkpoint.pt", "settings.json"):
                 (out / file).unlink(missing_ok=True)
@@ -418,9 +413,9 @@ def compare(start, result, val_data, args):
                            parameters=sum(p.numel() for p in model.parameters()),
                            prefill_tokens_per_second=speed,
                            sample=measure.sampled(model, ids, val_data.block_size - len(ids)))
-    before, after = about["start"]["widths"], about["result"]["widths"]
-    return about | dict(leftover_wanted=args.leftover, leftover=sum(after) / max(sum(before), 1),
-                        leftover_per_layer=[k / max(m, 1) for k, m in zip(after, before)])
+    full, left = about["start"]["widths"], about["result"]["widths"]
+    return about | dict(leftover_wanted=args.leftover, leftover=sum(left) / max(sum(full), 1),
+                        leftover_per_layer=[k / max(m, 1) for k, m in zip(left, full)])
 
 
 def report(metrics, folder):
@@ -432,34 +427,22 @@ def report(metrics, folder):
                              ("validation loss (nats)", "val_loss", ".4f"),
                              ("validation perplexity", "val_perplexity", ".3f"),
                              ("tokens/s (prefill)", "prefill_tokens_per_second", ",.0f")):
-        ratio = result[key] / start[key]
-        print(f"{title:24}{start[key]:>14{form}}{result[key]:>14{form}}{ratio:>8.2f}x")
+        a, b = start[key], result[key]
+        print(f"{title:24}{a:>14{form}}{b:>14{form}}{b / a:>8.2f}x")
     wanted, total = metrics["leftover_wanted"], sum(start["widths"])
     print(f"neurons left: {metrics['leftover']:.2%} of {total:,} ({wanted:.2%} wanted)")
     print("neurons per layer:", *start["widths"], "->", *result["widths"])
-    print(f"{metrics['steps']} steps in {metrics['seconds']:.0f} s, "
-          f"{metrics['tokens_per_second']:,.0f} tokens/s")
+    speed = metrics["tokens_per_second"]
+    print(f"{metrics['steps']} steps in {metrics['seconds']:.0f} s, {speed:,.0f} tokens/s")
     for name, model in ((before, start), (method, result)):
         print(f"\n--- {name} writes:\n{model['sample']}")
     print(f"\nthe model, its log and metrics are in {folder}")
 
 
-# The flags. Defaults are the paper's (Appendix F), or where it gives none its released code's; what
-# depends on other flags is in `resolve`. `tiny`, trained from scratch, has some of its own.
+# The flags. Defaults are the paper's (Appendix F) or its released code's; what depends on others
+# is in `resolve`. `tiny`, trained from scratch, has some of its own.
 
 
-class Flag(NamedTuple):
-    kind: object  # its type, its choices, or None: a switch
-    about: str
-    default: object = None
-    tiny: object = None  # the default for `tiny`
-    within: str = None  # what a number must be
-
-
-ABOVE_0, AT_LEAST_0, SHARE = "above 0 and finite", "at least 0", "in (0, 1]"
-RANGES = {ABOVE_0: lambda x: 0 < x < math.inf, AT_LEAST_0: lambda x: 0 <= x < math.inf,
-          SHARE: lambda x: 0 < x <= 1, "in [0, 1)": lambda x: 0 <= x < 1,
-          "from 0 to 2^31 - 1": lambda x: 0 <= x < 2**31}
 BLOCK_SIZE = dict(stdlib=64, toysql=256, wikisql=512, e2e=512, wikitext=1024, samsum=1024)  # tokens
 USUAL = defaults_of("topv")
 FLAGS = {
@@ -476,15 +459,14 @@ FLAGS = {
     "data": dict(
         dataset=Flag(data.DATASETS, "what to train on", "stdlib"),
         data_path=Flag(str, "a local folder with the data in the Hub's layout"),
-        data_config=Flag(str, "the data's configuration (wikitext: wikitext-103-v1)"),
+        data_config=Flag(str, "its configuration (wikitext: wikitext-103-v1)"),
         block_size=Flag(int, f"tokens per sequence (default: {str(BLOCK_SIZE)[1:-1]}, at most the "
                         "model's context)", within=ABOVE_0)),
     "training": dict(
-        steps=Flag(int, "optimizer steps (default: what --epochs make)", tiny=1000, within=ABOVE_0),
-        epochs=Flag(float, "passes over the training split (samsum: 3)", 5.0, within=ABOVE_0),
+        steps=Flag(int, "optimizer steps (default: what --epochs make)", None, 1000, ABOVE_0),
+        epochs=Flag(float, "passes over the training split (samsum: 3)", 5.0, None, ABOVE_0),
         batch_size=Flag(int, "sequences per optimizer step", 8, 32, ABOVE_0),
-        accumulate=Flag(int, "micro-batches to compute a step in, for less memory", 1, None,
-                        ABOVE_0),
+        accumulate=Flag(int, "micro-batches to cut it into, for less memory", 1, None, ABOVE_0),
         lr=Flag(float, "the weights' peak learning rate", 5e-4, 5e-3, ABOVE_0),
         eps=Flag(float, "AdamW's epsilon, for the scores always 1e-4", 1e-4, 1e-8, ABOVE_0),
         weight_decay=Flag(float, "of weights, not of biases, norms, scores", 0.1, None, AT_LEAST_0),
@@ -493,15 +475,13 @@ FLAGS = {
         leftover=Flag(float, "v, the fraction of MLP neurons left at the end", 0.25, None, SHARE),
         scope=Flag(("layer", "global"), "the best of each layer, or of the whole network (gum)",
                    USUAL["scope"]),
-        mask_lr=Flag(float, "the scores' peak learning rate (soft: 10; gum for gpt2 on samsum: "
-                     "1e-3)", USUAL["mask_lr"], None, ABOVE_0),
-        lambda_mvp=Flag(float, "weight of the scores' regulariser", USUAL["lambda_mvp"], None,
-                        AT_LEAST_0),
+        mask_lr=Flag(float, "the scores' peak learning rate (soft: 10; gum, gpt2, samsum: 1e-3)",
+                     USUAL["mask_lr"], None, ABOVE_0),
+        lambda_mvp=Flag(float, "weight of their penalty", USUAL["lambda_mvp"], None, AT_LEAST_0),
         lambda_gum=Flag(float, "weight of uniqueness in it (gum: 10, and 100 when distilling)",
                         USUAL["lambda_gum"], None, AT_LEAST_0),
-        lambda_sim=Flag(float, "how fast the running similarity forgets", USUAL["lambda_sim"], None,
-                        SHARE),
-        sim_tokens=Flag(int, "have it see so many random tokens of a step (default: all)",
+        lambda_sim=Flag(float, "how fast running means forget", USUAL["lambda_sim"], None, SHARE),
+        sim_tokens=Flag(int, "take them over so many random tokens of a step (default: all)",
                         within=ABOVE_0),
         tau=Flag(float, "soft movement's final threshold", USUAL["tau"], None, ABOVE_0)),
     "distillation": dict(
@@ -512,24 +492,20 @@ FLAGS = {
         alpha_kd=Flag(float, "weight of the teacher's", 0.5, None, AT_LEAST_0),
         temperature=Flag(float, "of both distributions", 2.0, None, ABOVE_0)),
     "machine": dict(
-        device=Flag(str, "cuda or cpu", "cuda" if torch.cuda.is_available() else "cpu"),
+        device=measure.DEVICE,
         dtype=Flag(("float32", "bfloat16"),
                    "of the matrix products (default: bfloat16 on a GPU that has it)"),
-        compile=Flag(None, "compile the blocks with torch.compile: slow to start, then faster"),
-        gradient_checkpointing=Flag(None, "compute activations twice instead of keeping them"),
+        compile=Flag(None, "torch.compile the blocks: slow to start, then faster"),
+        gradient_checkpointing=Flag(None, "compute activations twice, keep none"),
         checkpoint_every=Flag(int, "steps between checkpoints", 500, 200, ABOVE_0),
         log_every=Flag(int, "steps between lines of log.jsonl", 10, 20, ABOVE_0),
-        eval_every=Flag(int, "steps between evaluations on part of the validation split (default: "
-                        "a fifth of all steps)", within=ABOVE_0))}
+        eval_every=Flag(int, "steps between evaluations on some validation data (default: a fifth "
+                        "of all)", within=ABOVE_0))}
 ALL_FLAGS = {name: one for group in FLAGS.values() for name, one in group.items()}
 
 
-def flag_of(name):
-    return "--" + name.replace("_", "-")
-
-
 def fail(message):
-    """A user's mistake: one line, exit status 2."""
+    """A user's mistake: one line, status 2."""
     who = f" in process {PROCESS} of {PROCESSES}" if PROCESSES > 1 else ""
     print(f"train.py: error{who}: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
@@ -545,29 +521,15 @@ def parse(argv=None):
     """The flags as given, None where they are not. Ends the program where they make no sense."""
     parser = argparse.ArgumentParser(allow_abbrev=False,
                                      description="Fine-prune the MLP neurons of GPT-2 and GPT-Neo.")
-    parser.error = lambda message: fail(f"{message}; see python train.py --help")
-    for title, flags in FLAGS.items():
-        group = parser.add_argument_group(title)
-        for name, one in flags.items():
-            usual = {"": one.default, "tiny: ": one.tiny}
-            usual = "; ".join(f"{of}{value}" for of, value in usual.items() if value is not None)
-            about = one.about + f" (default: {usual})" * bool(usual)
-            how = dict(type=one.kind) if callable(one.kind) else dict(choices=one.kind)
-            if one.kind is None:
-                how = dict(action="store_true", default=None)
-            group.add_argument(flag_of(name), help=about, **how)
-    args = parser.parse_args(argv)
-    for name, one in ALL_FLAGS.items():
-        value = getattr(args, name)
-        if one.within and value is not None and not RANGES[one.within](value):
-            fail(f"{flag_of(name)} {value} is out of range: it must be {one.within}")
+    parser.error = lambda message: fail(f"{message}; see --help")
+    args = measure.parse(parser, FLAGS, argv)
     check_together(args)
     return args
 
 
 def check_together(args):
-    """End the program where flags make no sense together, or on this machine."""
-    name, device = args.method or ALL_FLAGS["method"].default, args.device or "cpu"
+    """End the program where flags make no sense together."""
+    name = args.method or ALL_FLAGS["method"].default
     unique = defaults_of(name)["lambda_gum"] if args.lambda_gum is None else args.lambda_gum
     given = {group: ", ".join(flag_of(flag) for flag in flags if getattr(args, flag) is not None)
              for group, flags in FLAGS.items()}
@@ -575,20 +537,16 @@ def check_together(args):
     for wrong, message in (
         (name == "none" and pruning and (pruning, args.leftover) != ("--leftover", 1.0),
          f"{pruning} means nothing with --method none: all stay"),
-        (METHODS[name].threshold and args.scope,
-         f"--scope means nothing with --method {name}: one threshold serves every layer"),
+        (METHODS[name].threshold and args.scope, f"--scope means nothing with --method {name}"),
         (unique and not METHODS[name].learned,
          f"--lambda-gum goes with learned scores, not --method {name}"),
-        (args.sim_tokens and not unique,
-         "--sim-tokens goes with --method gum, or other learned scores and --lambda-gum above 0"),
+        (args.sim_tokens and not (unique or METHODS[name].measure),
+         "--sim-tokens goes with --method gum, or --lambda-gum above 0"),
         (distilling and not args.distill, f"{distilling} goes with --distill"),
         (args.compile and args.gradient_checkpointing,
          "--compile and --gradient-checkpointing do not go together"),
         (args.steps and args.epochs, "--steps and --epochs both say how long: give one of them"),
-        (args.distill and args.label_smoothing, "--label-smoothing does not go with --distill"),
-        (not re.fullmatch(r"cpu|cuda(:\d+)?", device), f"--device {device}: it is cuda or cpu"),
-        (device != "cpu" and not torch.cuda.is_available(), f"--device {device}: this machine, or "
-         "this build of torch, has no CUDA; use --device cpu")):
+        (args.distill and args.label_smoothing, "--label-smoothing does not go with --distill")):
         if wrong:
             fail(message)
 
@@ -597,8 +555,8 @@ def resolve(flags):
     """The settings that `flags` (from `parse`) mean: defaults filled in, the run's folder named."""
     given = {name: value for name, value in vars(flags).items() if value is not None}
     usual = {name: False if one.kind is None else one.default for name, one in ALL_FLAGS.items()}
-    names = "method", "model", "dataset", "distill", "device"
-    method, model, dataset, distill, device = ((usual | given)[name] for name in names)
+    method, model, dataset, distill, device = (
+        (usual | given)[name] for name in ("method", "model", "dataset", "distill", "device"))
     if model == "tiny":
         usual |= {name: one.tiny for name, one in ALL_FLAGS.items() if one.tiny is not None}
     usual |= METHODS[method].defaults

@@ -1,13 +1,15 @@
-"""What data.py promises. Oracles: bytes and rows read here, tiktoken and pyarrow directly, and brute force."""
+"""What data.py promises. Oracles: bytes and rows read here, tiktoken, pyarrow, and brute force."""
 import collections
+import hashlib
 import json
-import os
 import random
 import re
 import subprocess
 import sys
 import sysconfig
+import zlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -19,27 +21,24 @@ import torch
 
 import data
 
-ROOT = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared"
-HUB = SHARED / "hub"
-TIKTOKEN = SHARED / "tiktoken_cache"
+HUB, TIKTOKEN = SHARED / "hub", SHARED / "tiktoken_cache"
 needs_hub = pytest.mark.skipif(not HUB.exists(), reason=f"real data not found in {HUB}")
-needs_gpt2 = pytest.mark.skipif(not TIKTOKEN.exists(), reason=f"GPT-2's tokenizer not found in {TIKTOKEN}")
+needs_gpt2 = pytest.mark.skipif(not TIKTOKEN.exists(), reason=f"no GPT-2 tokenizer in {TIKTOKEN}")
 WIKITEXT = dict(dataset="wikitext", path=HUB / "Salesforce/wikitext", config="wikitext-2-v1")
 WIKISQL = dict(dataset="wikisql", path=HUB / "Salesforce/wikisql")
 E2E = dict(dataset="e2e", path=HUB / "tuetschek/e2e_nlg")
-
-
-@pytest.fixture(scope="session")
-def hf_cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("hf")
+TOK = data.tokenizer(257)
 
 
 @pytest.fixture(autouse=True)
-def nothing_outside_tmp(monkeypatch, tmp_path, hf_cache):
-    """`datasets` read its environment when it was imported: its own setting is what counts by now."""
+def nothing_outside_tmp(monkeypatch, tmp_path, tmp_path_factory):
+    """`datasets` read its environment when it was imported: its own setting counts by now."""
+    hf_cache = tmp_path_factory.getbasetemp() / "hf"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", hf_cache)
-    monkeypatch.setenv("HF_HOME", str(hf_cache))  # for processes started here
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE"):  # for processes started here
+        monkeypatch.setenv(name, str(hf_cache))
+    monkeypatch.setenv("PYTHONPATH", str(Path(data.__file__).parent))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(TIKTOKEN))
     monkeypatch.chdir(tmp_path)
 
@@ -48,374 +47,316 @@ def load(dataset, split="validation", vocab_size=257, block_size=128, **kwargs):
     return data.load(dataset, split, vocab_size, block_size, **kwargs)
 
 
-def parquet_rows(pattern):
+def both(dataset, **kwargs):
+    return [load(dataset, split, **kwargs) for split in ("train", "validation")]
+
+
+def jsonl(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def parquet(**columns):
+    pq.write_table(pa.table(columns), buffer := pa.BufferOutputStream())
+    return buffer.getvalue().to_pybytes()
+
+
+def parquet_rows(folder, pattern):
     """The rows of the one file that matches, without the library under test."""
-    (file,) = HUB.glob(pattern)
+    (file,) = folder.glob(pattern)
     return pq.read_table(file).to_pylist()
 
 
-def one_line(error):
+def write(files):
+    for name, content in files.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(content)
+
+
+def mistake(call=load, **kwargs):
+    """The message of the error that a call ends in: one line."""
+    with pytest.raises((ValueError, OSError)) as error:
+        call(**kwargs)
     message = str(error.value)
     assert message and "\n" not in message
     return message
 
 
-# Tokenizers.
-
-def test_bytes_are_utf8_and_end_of_text_is_256():
-    tok = data.tokenizer(257)
-    assert tok.encode("né\n") == [0x6E, 0xC3, 0xA9, 0x0A]
-    assert tok.eot == 256
-
-
-def test_bytes_decode_without_end_of_text_and_replace_what_is_not_utf8():
-    tok = data.tokenizer(257)
-    assert tok.decode([0x6E, 0xC3, 0xA9, 256]) == "né"
-    assert tok.decode([0xC3, 0x6E]) == "\ufffdn"
-    assert tok.decode(np.array([0x6E], np.uint16)) == tok.decode(torch.tensor([0x6E])) == "n"
-
-
-@needs_gpt2
-def test_gpt2_tokens_are_tiktokens():
-    tok, oracle = data.tokenizer(50257), tiktoken.get_encoding("gpt2")
-    text = "Movement pruning, né à Zürich: 12345  \n\tdef f(x):"
-    assert tok.encode(text) == oracle.encode(text)
-    assert tok.decode(oracle.encode(text) + [50256]) == text
-    assert tok.eot == 50256
-
-
-@needs_gpt2
-def test_no_text_encodes_to_end_of_text():
-    for size in (257, 50257):
-        tok = data.tokenizer(size)
-        ids = tok.encode("a<|endoftext|>b")
-        assert tok.eot not in ids and tok.decode(ids) == "a<|endoftext|>b"
-
-
-def test_another_vocabulary_is_an_error_that_names_the_two():
-    with pytest.raises(ValueError) as error:
-        data.tokenizer(50304)
-    assert "257" in one_line(error) and "50257" in one_line(error)
+@pytest.mark.parametrize("size, oracle", [
+    (257, lambda text: list(text.encode())),
+    pytest.param(50257, lambda text: tiktoken.get_encoding("gpt2").encode(text), marks=needs_gpt2)])
+def test_tokens_are_utf8_bytes_or_tiktokens_and_end_of_text_is_in_no_text(size, oracle):
+    tok, text = data.tokenizer(size), "Movement pruning, né à Zürich: 12345  \n\tdef f(x):"
+    assert tok.eot == size - 1 and tok.encode(text) == oracle(text)
+    assert tok.decode(np.array(oracle(text) + [tok.eot], np.uint16)) == text
+    ids = tok.encode("a<|endoftext|>b")
+    assert tok.eot not in ids and tok.decode(torch.tensor(ids)) == "a<|endoftext|>b"
+    assert TOK.decode([0xC3, 0x6E]) == "\ufffdn"  # no UTF-8
 
 
 def test_gpt2_out_of_reach_is_an_error_that_names_the_cache(monkeypatch):
-    def no_network(name):
-        raise OSError("Failed to resolve\nsome host")
-    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
-    with pytest.raises(OSError) as error:
-        data.tokenizer(50257)
-    assert "TIKTOKEN_CACHE_DIR" in one_line(error)
+    monkeypatch.setattr(tiktoken, "get_encoding", Mock(side_effect=OSError("no\nhost")))
+    assert "TIKTOKEN_CACHE_DIR" in mistake(data.tokenizer, vocab_size=50257)
 
-
-# Blocks.
 
 @pytest.mark.parametrize("n", [2, 9, 15, 16, 17, 18, 40])
 def test_every_token_but_the_first_is_predicted_once_from_the_one_before_it(n):
     tokens = np.random.default_rng(n).integers(0, 256, n).astype(np.uint16)
     blocks = data.Blocks(tokens, block_size=8, eot=256)
-    idx, targets, real = blocks.batch(range(len(blocks)))
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(n))
+    idx, targets, real = (tensor[order.argsort()] for tensor in blocks.batch(order))
     asked = targets != -100
+    assert (idx.dtype, targets.dtype, real.dtype) == (torch.int64, torch.int64, torch.bool)
     assert targets[asked].tolist() == tokens[1:].tolist()
     assert idx[asked].tolist() == tokens[:-1].tolist()
     assert (idx[~asked] == 256).all() and torch.equal(real, asked)
     assert idx.shape == targets.shape == real.shape == (-(-(n - 1) // 8), 8)
 
 
-def test_a_batch_of_blocks_is_the_blocks_asked_for_in_torchs_types():
-    blocks = data.Blocks(np.arange(100, dtype=np.uint16), block_size=10, eot=256)
-    idx, targets, real = blocks.batch(torch.tensor([4, 0, 9]))
-    assert (idx.dtype, targets.dtype, real.dtype) == (torch.int64, torch.int64, torch.bool)
-    assert idx[0].tolist() == list(range(40, 50)) and targets[0].tolist() == list(range(41, 51))
-    assert idx[1, 0] == 0 and targets[2].tolist() == [*range(91, 100), -100]
-
-
-# The standard library.
-
-@pytest.fixture
-def python_tree(tmp_path, monkeypatch):
-    """A standard library of 300 made-up files, every third a copy of another, and files that are not part of it."""
-    root = tmp_path / "python"
-    files = {f"package{i % 7}/module{i}.py": f"x = {i if i % 3 else 1}\n" for i in range(300)}
-    others = ["site-packages/a", "dist-packages", "test", "json/tests", "lib2to3/tests", "encodings", "pydoc_data",
-              "config-3.11-x86_64-linux-gnu", "re/__pycache__"]
-    files |= {f"{folder}/left_out.py": "LEFT OUT\n" for folder in others}
-    files |= {"_sysconfigdata__linux.py": "LEFT OUT\n", "notes.txt": "LEFT OUT\n"}
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(root)})
-    return root
-
-
 def documents(blocks):
     """The texts between a stream's ends of text."""
-    stream = np.asarray(blocks.tokens)
-    return [bytes(part[part != 256].astype(np.uint8)) for part in np.split(stream, np.flatnonzero(stream == 256))]
+    ends = np.flatnonzero(blocks.tokens == 256)
+    return [TOK.decode(part) for part in np.split(blocks.tokens, ends)]
 
 
-def test_stdlib_holds_each_source_file_once_in_one_of_two_splits(python_tree):
-    splits = [documents(load("stdlib", split, block_size=16)) for split in ("train", "validation")]
-    found = collections.Counter(splits[0] + splits[1])
-    wanted = collections.Counter(file.read_bytes() for file in python_tree.glob("package*/*.py"))
-    assert found == wanted
+def test_stdlib_holds_each_source_once_and_its_content_chooses_the_split(monkeypatch, tmp_path):
+    assert Path(json.__file__).read_bytes().decode() in sum(map(documents, both("stdlib")), [])
+    files = {f"package{i % 7}/module{i}.py": f"x = {i if i % 3 else 1}\n" for i in range(300)}
+    others = ["site-packages/a", "dist-packages", "test", "json/tests", "lib2to3/tests",
+              "encodings", "pydoc_data", "config-3.11-x86_64-linux-gnu", "re/__pycache__"]
+    left_out = [*(f"{folder}/it.py" for folder in others), "_sysconfigdata__linux.py", "it.txt"]
+    write({f"python/{name}": text.encode() for name, text in files.items()})
+    write({f"python/{name}": b"LEFT OUT" for name in left_out})
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "python")})
+    train, validation = map(documents, both("stdlib", block_size=16))
+    assert sorted(train + validation) == sorted(files.values())
+    assert not set(train) & set(validation)  # copies, here every third, are in the same
+    assert 0.02 < len(validation) / 300 < 0.1  # about a twentieth
+    write({"python/a_new_one.py": b"print('new')\n"})
+    Path("python/package1").rename("python/elsewhere")
+    now = set(documents(load("stdlib", block_size=16)))
+    assert now - {"print('new')\n"} == set(validation)
 
 
-def test_stdlib_never_has_copies_of_a_file_in_both_splits(python_tree):
-    train, validation = (set(documents(load("stdlib", split, block_size=16))) for split in ("train", "validation"))
-    assert train and validation and not train & validation
-
-
-def test_a_file_stays_in_its_split_when_the_library_changes_around_it(python_tree):
-    before = set(documents(load("stdlib", block_size=16)))
-    (python_tree / "a_new_one.py").write_text("print('new')\n")
-    (python_tree / "package1").rename(python_tree / "elsewhere")
-    assert set(documents(load("stdlib", block_size=16))) - {b"print('new')\n"} == before
-
-
-def test_the_real_stdlib_is_its_bytes_about_a_twentieth_for_validation():
-    train, validation = load("stdlib", "train"), load("stdlib", "validation")
-    source = Path(json.__file__).read_bytes()
-    assert source in documents(train) + documents(validation)
-    assert 0.02 < len(validation.tokens) / (len(train.tokens) + len(validation.tokens)) < 0.1
-    assert len(train.tokens) > 2_000_000
-
-
+@needs_hub
 @needs_gpt2
-def test_stdlib_as_gpt2_tokens_decodes_to_the_same_sources(python_tree):
-    as_bytes, as_gpt2 = load("stdlib", block_size=16), load("stdlib", vocab_size=50257, block_size=16)
-    oracle = tiktoken.get_encoding("gpt2")
-    assert oracle.decode(as_gpt2.tokens.tolist()).split("<|endoftext|>") == [d.decode() for d in documents(as_bytes)]
-
-
-# WikiText.
-
-def wikitext_oracle(split):
-    """GPT-2's ids of the split: the lines joined, cut before each title, end of text between."""
-    text = "".join(row["text"] for row in parquet_rows(f"Salesforce/wikitext/wikitext-2-v1/{split}-*"))
-    articles = re.split(r"(?m)^(?= = [^=]+ = $)", text)
+@pytest.mark.parametrize("split, count", [("train", 48), ("validation", 12)])
+def test_wikitext_is_its_articles_with_end_of_text_between(split, count):
+    articles = [""]
+    for row in parquet_rows(WIKITEXT["path"], f"wikitext-2-v1/{split}-*"):
+        if re.fullmatch(" = [^=]+ = \n", row["text"]) and articles[-1]:
+            articles.append("")
+        articles[-1] += row["text"]
     encode = tiktoken.get_encoding("gpt2").encode_ordinary
-    return len(articles) - 1, [i for article in articles[1:] for i in [50256] + encode(article)][1:]
+    oracle = [i for article in articles for i in [50256] + encode(article)][1:]
+    assert load(split=split, vocab_size=50257, **WIKITEXT).tokens.tolist() == oracle
+    assert len(articles) == count
 
 
-@needs_hub
-@needs_gpt2
-@pytest.mark.parametrize("split", ["train", "validation"])
-def test_wikitext_is_its_articles_with_end_of_text_between(split):
-    tokens = load(split=split, vocab_size=50257, **WIKITEXT).tokens
-    articles, oracle = wikitext_oracle(split)
-    assert tokens.tolist() == oracle
-    assert articles == {"train": 48, "validation": 12}[split] == (tokens == 50256).sum() + 1
+def corpus(folder, *lines):
+    """What loads a WikiText with these lines, after one that names the split."""
+    write({f"{folder}/{split}.jsonl": jsonl(*({"text": f"{line}\n"} for line in (split, *lines)))
+           for split in ("train", "validation")})
+    return dict(dataset="wikitext", path=folder, block_size=4)
 
 
-@needs_hub
-def test_tokens_come_from_a_memory_map_of_two_bytes_each():
-    tokens = load(**WIKITEXT).tokens
-    assert isinstance(tokens, np.memmap) and tokens.dtype == np.uint16
+def test_an_article_begins_with_a_title_and_no_other_heading():
+    source = corpus("a", " = One = ", " = = Part = = ", "a = b = c", " = Two = ", " = b")
+    assert documents(load(**source)) == ["validation\n", " = One = \n = = Part = = \na = b = c\n",
+                                         " = Two = \n = b\n"]
 
 
-@pytest.fixture
-def corpus(tmp_path):
-    """write(text): a folder with a WikiText of one article for each split."""
-    def write(text):
-        for split in ("train", "validation"):
-            file = tmp_path / "corpus" / f"{split}.jsonl"
-            file.parent.mkdir(exist_ok=True)
-            file.write_text(json.dumps({"text": f"{split} {text}\n"}) + "\n")
-        return dict(dataset="wikitext", path=tmp_path / "corpus", block_size=4, cache_dir=tmp_path / "cache")
-    return write
+def test_what_another_process_has_put_in_the_cache_is_not_tokenised_again(monkeypatch):
+    source = corpus("a")
+    command = "import data; data.load('wikitext', 'validation', 257, 4, 'a')"
+    subprocess.run([sys.executable, "-c", command], check=True)
+    monkeypatch.setattr(data, "tokenizer", Mock())
+    assert documents(load(**source)) == ["validation\n"]
+    assert not data.tokenizer().encode.called and len(list(Path("cache").iterdir())) == 1
 
 
-def text_of(blocks):
-    return bytes(np.asarray(blocks.tokens, np.uint8)).decode()
-
-
-def test_a_second_load_reads_the_cache_and_does_not_tokenise(corpus, monkeypatch):
-    source = corpus("one")
-    first = load(**source)
-    tokenizer = data.tokenizer(257)
-    monkeypatch.setattr(tokenizer, "encode", lambda text: pytest.fail("tokenised again"))
-    monkeypatch.setattr(data, "tokenizer", lambda vocab_size: tokenizer)
-    assert text_of(load(**source)) == text_of(first) == "validation one\n"
-
-
-def test_the_cache_is_the_same_file_for_another_process(corpus):
-    source = corpus("one")
-    load(**source)
-    before = sorted(source["cache_dir"].iterdir())
-    command = f"import data; data.load('wikitext', 'validation', 257, 4, {str(source['path'])!r}, None, 'cache')"
-    subprocess.run([sys.executable, "-c", command], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert sorted(source["cache_dir"].iterdir()) == before and len(before) == 1
-
-
-def test_a_changed_source_is_read_anew(corpus):
-    load(**corpus("one"))
-    assert text_of(load(**corpus("two"))) == "validation two\n"  # as many bytes
-
-
-def test_splits_and_vocabularies_do_not_share_a_cache(corpus):
-    source = corpus("one")
-    assert text_of(load(**source)) == "validation one\n"
-    assert text_of(load(split="train", **source)) == "train one\n"
+def test_other_texts_folders_splits_and_vocabularies_do_not_share_a_cache():
+    assert documents(load(**corpus("a", "one"))) == ["validation\none\n"]
+    assert documents(load(**corpus("b/a", "six"))) == ["validation\nsix\n"]
+    source = corpus("a", "two")  # as many bytes
+    assert documents(load(**source)) == ["validation\ntwo\n"]
+    assert documents(load(split="train", **source)) == ["train\ntwo\n"]
     if TIKTOKEN.exists():
-        assert load(vocab_size=50257, **{**source, "block_size": 2}).tokens.tolist() \
-            == tiktoken.get_encoding("gpt2").encode("validation one\n")
+        ids = load(vocab_size=50257, **source).tokens.tolist()
+        assert ids == tiktoken.get_encoding("gpt2").encode("validation\ntwo\n")
 
 
 @pytest.mark.parametrize("damage", [
     lambda b: b"", lambda b: b[:3], lambda b: b[:-2], lambda b: b[:-1], lambda b: b + b"ab",
-    lambda b: b[:9] + b"X" + b[10:]
-], ids=["empty", "stub", "short", "odd", "long", "changed"])
-def test_a_damaged_cache_is_noticed_and_made_anew(corpus, damage):
-    source = corpus("one")
+    lambda b: b[:9] + b"X" + b[10:], lambda b: bytes(len(b))
+], ids=["empty", "stub", "short", "odd", "long", "changed", "zeros"])
+def test_a_damaged_cache_is_noticed_and_made_anew(damage):
+    source = corpus("a")
     load(**source)
-    (file,) = source["cache_dir"].iterdir()
-    whole = file.read_bytes()
+    (file,) = Path("cache").iterdir()
+    whole = np.array([*b"validation\n"], np.uint16).tobytes()  # two bytes a token
+    whole += zlib.crc32(whole).to_bytes(4, "little")
+    assert file.read_bytes() == whole
     file.write_bytes(damage(whole))
-    assert text_of(load(**source)) == "validation one\n"
+    assert documents(load(**source)) == ["validation\n"]
     assert file.read_bytes() == whole
 
 
-def test_a_cache_is_whole_or_absent_when_writing_it_fails(tmp_path):
-    def breaks():
-        yield "first"
-        raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        data.cached(tmp_path / "cache" / "stream", breaks(), data.tokenizer(257))
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_another_writer_in_between_does_no_harm(tmp_path):
-    file, tok = tmp_path / "stream", data.tokenizer(257)
-
+def test_a_cache_is_whole_or_absent_whoever_else_writes(monkeypatch):
     def slow():
         yield "ab"
-        data.cached(file, iter(["ab", "cd"]), tok)  # meanwhile, the other finishes
+        data.cached(Path("cache", "stream"), ["ab", "cd"], TOK)  # meanwhile, the other finishes
         yield "cd"
-    assert data.cached(file, slow(), tok).tolist() == [97, 98, 256, 99, 100]
-    assert list(tmp_path.iterdir()) == [file]
+    assert data.cached(Path("cache", "stream"), slow(), TOK).tolist() == [97, 98, 256, 99, 100]
+    monkeypatch.setattr(Path, "write_bytes", lambda path, whole: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        data.cached(Path("cache", "another"), ["first"], TOK)
+    assert [file.name for file in Path("cache").iterdir()] == ["stream"]
 
 
-# Examples.
+# Prompts and targets.
 
-def pairs_of_letters(n=40, seed=0):
-    rng = random.Random(seed)
-    word = lambda: "".join(rng.choice("abc") for _ in range(rng.randint(1, 9)))
-    return [(word(), word()) for _ in range(n)]
+RNG = random.Random(0)
+PAIRS = [["".join(RNG.choices("abc", k=RNG.randint(1, 9))) for _ in "pt"] for _ in range(40)]
+EXAMPLES = data.Examples(PAIRS, 100, TOK)
 
 
 def test_a_batch_asks_for_the_target_and_end_of_text_only():
-    pairs = pairs_of_letters()
-    examples = data.Examples(pairs, block_size=100, tok=data.tokenizer(257))
-    order = random.Random(1).sample(range(len(pairs)), 16)
-    idx, targets, real = examples.batch(order)
+    order = random.Random(1).sample(range(40), 16)
+    idx, targets, real = EXAMPLES.batch(order)
     assert (idx.dtype, targets.dtype, real.dtype) == (torch.int64, torch.int64, torch.bool)
-    assert idx.shape[1] == max(len(p + t) for p, t in (pairs[i] for i in order))
+    assert idx.shape[1] == max(EXAMPLES.sizes[i] for i in order) - 1
     for row, i in enumerate(order):
-        prompt, target = (list(text.encode()) for text in pairs[i])
-        whole = prompt + target + [256]
-        n = len(whole) - 1
-        pad = idx.shape[1] - n
-        assert idx[row].tolist() == whole[:-1] + [256] * pad
+        prompt, target = (list(text.encode()) for text in PAIRS[i])
+        n, pad = len(prompt + target), idx.shape[1] - len(prompt + target)
+        assert idx[row].tolist() == prompt + target + [256] * pad
         assert targets[row].tolist() == [-100] * (len(prompt) - 1) + target + [256] + [-100] * pad
         assert real[row].tolist() == [True] * n + [False] * pad
 
 
-def test_examples_longer_than_the_block_are_left_out_whole_and_counted():
-    pairs = [("ab", "cd"), ("ab", "cde"), ("abcdef", "x"), ("a", "bcd")]  # 5, 6, 8 and 5 tokens with end of text
-    examples = data.Examples(pairs, block_size=5, tok=data.tokenizer(257))
-    assert examples.skipped == 2 and len(examples) == 2
-    assert [bytes(p + t[:-1]) for p, t in zip(examples.prompts, examples.targets)] == [b"abcd", b"abcd"]
+def test_examples_longer_than_the_block_are_left_out_whole_but_right_answers():
+    pairs = [("ab", "cd"), ("ab", "cde"), ("abcdef", "x"), ("a", "bcd"), ("ab", "y")]
+    examples = data.Examples(pairs, 5, TOK)
+    kept = [(bytes(p), bytes(t[:-1])) for p, t in zip(examples.prompts, examples.targets)]
+    assert kept == [(b"ab", b"cd"), (b"a", b"bcd"), (b"ab", b"y")] and len(examples) == 3
+    assert examples.sizes == [5, 6, 8, 5, 4]  # with end of text
+    assert examples.references == [["cd", "cde", "y"], ["bcd"], ["cd", "cde", "y"]]
+    assert examples.distinct() == [0, 1]  # one for each prompt
+    assert examples.by_length() == [2, 0, 1]  # the shortest first
 
 
-def test_skipped_examples_are_reported_in_one_line(capsys):
-    assert load("toysql", block_size=100).skipped > 0
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1 and "toysql validation" in line and "of 1000" in line and "block of 100" in line
+def test_examples_left_out_are_reported_in_one_line(capsys):
+    left_out = 1000 - len(load("toysql", block_size=100))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(words in line for words in ("toysql validation", f"{left_out} of 1000", "of 100"))
 
 
-def test_references_are_all_answers_to_a_prompt_and_distinct_has_one_example_each():
-    pairs = [("a", "x"), ("b", "y"), ("a", "z"), ("a", "much too long")]
-    examples = data.Examples(pairs, block_size=5, tok=data.tokenizer(257))
-    assert examples.references == [["x", "z", "much too long"], ["y"], ["x", "z", "much too long"]]
-    assert examples.distinct() == [0, 1]
+def numbered(sequences):
+    """A batch of ten in which each token is its place in the batch."""
+    _, targets, real = sequences.batch(range(10))
+    return torch.arange(real.numel()).view_as(real), targets, real
 
 
-def test_by_length_is_every_example_once_the_shortest_first():
-    pairs = pairs_of_letters()
-    order = data.Examples(pairs, block_size=100, tok=data.tokenizer(257)).by_length()
-    assert sorted(order) == list(range(len(pairs)))
-    lengths = [len(pairs[i][0] + pairs[i][1]) for i in order]
-    assert lengths == sorted(lengths)
+PADDED = numbered(EXAMPLES)
+FULL = numbered(data.Blocks(np.zeros(100, dtype=np.uint16), 9, 256))
 
 
-# toysql.
+def cut(batch, parts=1, processes=1, **kwargs):
+    """The micro-batches of all processes; the tokens in their `places`, and in `similar`."""
+    micros, places, similar = [], [], []
+    for process in range(processes):
+        for micro in data.micro_batches(batch, "cpu", parts, process, processes, **kwargs):
+            micros.append(micro)
+            for tokens, some in (places, micro.places), (similar, micro.similar):
+                tokens += micro.idx.flatten()[slice(None) if some is None else some].tolist()
+    return micros, places, similar
 
-def test_toysql_splits_share_no_prompt_and_fit_a_block_of_128():
-    train, validation = load("toysql", "train"), load("toysql", "validation")
-    assert (len(train), len(validation), train.skipped, validation.skipped) == (20_000, 1_000, 0, 0)
-    prompts = {tuple(p) for p in train.prompts}
-    assert len(prompts) == 20_000 and not prompts & {tuple(p) for p in validation.prompts}
+
+@pytest.mark.parametrize("sim_tokens", [None, 0, 7, 60, 10_000])
+@pytest.mark.parametrize("parts, processes", [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2)])
+@pytest.mark.parametrize("batch", [PADDED, FULL], ids=["padded", "full"])
+def test_micro_batches_are_together_the_whole_batch(batch, parts, processes, sim_tokens):
+    idx, targets, real = batch
+    asked, seen = targets != -100, set(idx[real].tolist())
+    micros, places, similar = cut(batch, parts, processes, sim_tokens=sim_tokens, seed=3)
+    assert len(micros) == parts * processes
+    assert torch.equal(torch.cat([micro.idx for micro in micros]), idx)
+    assert torch.equal(torch.cat([micro.targets for micro in micros]), targets[asked])
+    assert places == idx[asked].tolist()
+    assert {micro.divisor * processes for micro in micros} == {asked.sum().item()}
+    assert len(similar) == min(len(seen), 10_000 if sim_tokens is None else sim_tokens)
+    assert seen.issuperset(similar) and len(set(similar)) == len(similar)
+    assert similar == cut(batch, sim_tokens=sim_tokens, seed=3)[2]  # however the batch is cut up
+    for micro in micros:  # None says: all of them
+        for some in (micro.places, micro.similar):
+            assert some is None or len(some) < micro.idx.numel()
+    assert "10 sequences" in mistake(data.micro_batches, batch=batch, device="cpu", parts=11)
 
 
-def test_toysql_is_the_same_every_time():
-    random.seed(5)
-    first = load("toysql")
-    random.seed(6)
-    second = load("toysql")
-    assert first.prompts == second.prompts and first.targets == second.targets
+def test_the_similarity_sees_each_token_as_often_as_any_other():
+    counts = collections.Counter(i for seed in range(500)
+                                 for i in cut(PADDED, sim_tokens=30, seed=seed)[2])
+    p = 30 / int(PADDED[2].sum())
+    within = 6 * (500 * p * (1 - p)) ** 0.5  # six standard deviations
+    assert len(counts) == PADDED[2].sum()
+    assert all(abs(count - 500 * p) < within for count in counts.values())
 
 
 def test_toysql_is_answered_by_looking_columns_up_in_the_header():
-    """An independent solver: rules over the question's words, and the header's columns without their last letter."""
-    for prompt, target in data.toysql("validation"):
-        header, question = prompt.splitlines()
-        column = {name[:-1]: name for name in header.split(" | ")}
-        asks, noun, name, word, value = re.fullmatch(r"(.+) (\w+) (?:with|for) (\w+) (\w+) (\w+)\?", question).groups()
-        aggregate = {"highest": "MAX ", "largest": "MAX ", "lowest": "MIN ", "smallest": "MIN ", "how many": "COUNT ",
-                     "count the": "COUNT ", "total": "SUM ", "sum of": "SUM ", "average": "AVG ", "mean": "AVG ",
-                     "which": "", "what": ""}
-        operator = {"over": ">", "above": ">", "under": "<", "below": "<", "is": "=", "of": "="}[word]
-        assert target == f"SELECT {aggregate[asks]}{column[noun]} FROM table WHERE {column[name]} {operator} {value}"
-
-
-def test_toysql_cannot_be_answered_without_the_header():
-    """The capitals of the answer's columns are nowhere in the question, and one is about as frequent as another."""
+    """An independent solver: rules over the question's words, and columns without last letter."""
+    said = {"highest": "MAX ", "largest": "MAX ", "lowest": "MIN ", "smallest": "MIN ",
+            "how many": "COUNT ", "count the": "COUNT ", "total": "SUM ", "sum of": "SUM ",
+            "average": "AVG ", "mean": "AVG ", "which": "", "what": ""}
+    compared = {"over": ">", "above": ">", "under": "<", "below": "<", "is": "=", "of": "="}
     capitals = collections.Counter()
     for prompt, target in data.toysql("train"):
-        question = prompt.splitlines()[1]
-        assert question == question.lower()
-        capitals.update(re.findall(r"[a-z]([A-Z])", target))
-    assert len(capitals) == 26 and max(capitals.values()) < 0.05 * capitals.total()
+        header, question = prompt.splitlines()
+        column = {name[:-1]: name for name in header.split(" | ")}
+        asked, noun, name, word, value = re.fullmatch(
+            r"([a-z ]+) ([a-z]+) (?:with|for) ([a-z]+) ([a-z]+) (\w+)\?", question).groups()
+        assert target == (f"SELECT {said[asked]}{column[noun]} FROM table "
+                          f"WHERE {column[name]} {compared[word]} {value}")
+        capitals.update(re.findall("[a-z]([A-Z])", target))
+    assert len(capitals) == 26 and max(capitals.values()) < 0.05 * sum(capitals.values())
 
 
-# WikiSQL, E2E, SAMSum.
+def test_toysql_is_the_same_everywhere_and_its_splits_share_no_prompt():
+    digests = [hashlib.sha256(repr(data.toysql(split)).encode()).hexdigest()[:16]
+               for split in ("train", "validation")]
+    assert digests == ["d1b14708fb834628", "9a8853ca2202a4f6"]
+    train, validation = both("toysql")  # none is longer than the block of 128
+    assert (len(train), len(validation)) == (20_000, 1_000)
+    assert len({tuple(p) for p in train.prompts + validation.prompts}) == 21_000
+
 
 @needs_hub
-def test_wikisql_reads_header_and_question_and_targets_the_sql():
-    examples, tok = load(block_size=1000, **WIKISQL), data.tokenizer(257)
-    rows = parquet_rows("Salesforce/wikisql/default/validation/*.parquet")
-    assert len(examples) == len(rows) == 1619
-    for row, prompt, target in zip(rows, examples.prompts, examples.targets):
-        assert tok.decode(prompt) == " | ".join(row["table"]["header"]) + "\n" + row["question"] + "\n"
-        assert tok.decode(target) == row["sql"]["human_readable"] and target[-1] == 256
+@pytest.mark.parametrize("source, count, pair_of", [
+    (WIKISQL, 1619, lambda row: (" | ".join(row["table"]["header"]) + f"\n{row['question']}\n",
+                                 row["sql"]["human_readable"])),
+    (E2E, 1078, lambda row: (row["meaning_representation"] + "\n", row["human_reference"]))])
+def test_prompts_targets_and_references_are_the_files(source, count, pair_of):
+    examples, answers = load(block_size=1000, **source), collections.defaultdict(list)
+    pairs = [*map(pair_of, parquet_rows(source["path"], "default/validation/*.parquet"))]
+    for prompt, target in pairs:
+        answers[prompt].append(target)
+    assert [*zip(map(TOK.decode, examples.prompts), map(TOK.decode, examples.targets))] == pairs
+    assert examples.references == [answers[prompt] for prompt, _ in pairs] and len(pairs) == count
+    distinct = [TOK.decode(examples.prompts[i]) for i in examples.distinct()]
+    assert sorted(distinct) == sorted(answers)
 
 
 @needs_hub
-def test_wikisqls_release_gives_the_hubs_prompts_and_sql(tmp_path):
-    for name, split in [("train", "train"), ("dev", "validation")]:
-        rows, tables = parquet_rows(f"Salesforce/wikisql/default/{split}/*.parquet"), {}
-        with open(tmp_path / f"{name}.jsonl", "w") as out:
-            for row in rows:
-                table, sql = row["table"], row["sql"]
-                tables[table["id"]] = dict(id=table["id"], header=table["header"], types=[], rows=[])
-                conds = zip(*(sql["conds"][key] for key in ["column_index", "operator_index", "condition"]))
-                sql = dict(sel=sql["sel"], agg=sql["agg"], conds=list(conds))
-                out.write(json.dumps(dict(phase=1, question=row["question"], sql=sql, table_id=table["id"])) + "\n")
-        (tmp_path / f"{name}.tables.jsonl").write_text("".join(json.dumps(table) + "\n" for table in tables.values()))
-    for split in ("train", "validation"):
-        release = load("wikisql", split, path=tmp_path, block_size=1000)
-        hub = load(split=split, block_size=1000, **WIKISQL)
-        assert release.prompts == hub.prompts and release.targets == hub.targets
+@pytest.mark.parametrize("name, split", [("train", "train"), ("dev", "validation")])
+def test_wikisqls_release_gives_the_hubs_prompts_and_sql(name, split):
+    rows, tables = parquet_rows(WIKISQL["path"], f"default/{split}/*.parquet"), {}
+    for row in rows:
+        table, sql = row.pop("table"), row["sql"]
+        row["table_id"], tables[table["id"]] = table["id"], table
+        conds = [sql["conds"][key] for key in ("column_index", "operator_index", "condition")]
+        row["sql"] = dict(sel=sql["sel"], agg=sql["agg"], conds=list(zip(*conds)))
+    write({f"{name}.jsonl": jsonl(*rows), f"{name}.tables.jsonl": jsonl(*tables.values())})
+    release = load("wikisql", split, path=".", block_size=1000)
+    hub = load(split=split, block_size=1000, **WIKISQL)
+    assert release.prompts == hub.prompts and release.targets == hub.targets
 
 
 @needs_hub
@@ -427,158 +368,83 @@ def test_prompt_and_target_apart_are_gpt2s_tokens_of_the_whole_text():
         assert prompt + target[:-1] == oracle.encode(oracle.decode(prompt + target[:-1]))
 
 
-@needs_hub
-def test_e2e_trains_on_every_pair_and_knows_all_references_of_a_meaning():
-    examples, tok = load(block_size=1000, **E2E), data.tokenizer(257)
-    rows = parquet_rows("tuetschek/e2e_nlg/default/validation/*.parquet")
-    references = collections.defaultdict(list)
-    for row in rows:
-        references[row["meaning_representation"]].append(row["human_reference"])
-    assert len(examples) == len(rows) == 1078
-    for i, row in enumerate(rows):
-        assert tok.decode(examples.prompts[i]) == row["meaning_representation"] + "\n"
-        assert tok.decode(examples.targets[i]) == row["human_reference"]
-        assert examples.references[i] == references[row["meaning_representation"]]
-    meanings = [tok.decode(examples.prompts[i])[:-1] for i in examples.distinct()]
-    assert sorted(meanings) == sorted(references)
-
-
-def test_samsum_summarises_a_dialogue_also_one_of_no_words(tmp_path):
-    rows = [dict(dialogue="Ann: Tea?\r\nBob: Yes!", summary="Bob wants tea."), dict(dialogue=None, summary="-")]
-    (tmp_path / "train.json").write_text(json.dumps(rows))
-    examples, tok = load("samsum", "train", path=tmp_path), data.tokenizer(257)
-    assert [tok.decode(p) for p in examples.prompts] == ["Ann: Tea?\r\nBob: Yes!\nSummary:\n", "\nSummary:\n"]
+def test_samsum_summarises_a_dialogue_also_one_of_no_words():
+    write({"train.jsonl": jsonl(dict(dialogue="Ann: Tea?\r\nBob: Yes!", summary="Bob wants tea."),
+                                dict(dialogue=None, summary="-"))})
+    examples = load("samsum", "train", path=".")
+    assert [TOK.decode(p) for p in examples.prompts] == [
+        "Ann: Tea?\r\nBob: Yes!\nSummary:\n", "\nSummary:\n"]
     assert examples.references == [["Bob wants tea."], ["-"]]
 
 
-def test_a_folder_of_parquet_files_without_a_readme_needs_no_configuration(tmp_path):
+def test_a_folder_of_parquet_files_without_a_readme_needs_no_configuration():
     for split in ("train", "validation"):
-        (tmp_path / "default" / split).mkdir(parents=True)
-        table = pa.table({"meaning_representation": ["name[X]"], "human_reference": [f"X in {split}."]})
-        pq.write_table(table, tmp_path / "default" / split / "0000.parquet")
-    assert load("e2e", "train", path=tmp_path).references == [["X in train."]]
-    assert load("e2e", "validation", path=tmp_path, config="default").references == [["X in validation."]]
+        write({f"default/{split}/0000.parquet": parquet(text=[split])})
+    assert documents(load("wikitext", "train", path=".", block_size=2)) == ["train"]
+    assert documents(load("wikitext", path=".", block_size=2, config="default")) == ["validation"]
 
 
-# The user's mistakes: one line each, before anything is tokenised.
+# The user's mistakes: one line each.
 
-def mistake(kind=ValueError, **kwargs):
-    with pytest.raises(kind) as error:
-        load(**kwargs)
-    return one_line(error)
+def case(told, dataset, files={}, path=".", **call):
+    return pytest.param(told.split(" + "), files, dict(dataset=dataset, path=path, **call), id=told)
 
 
-def test_an_unknown_dataset_is_told_which_there_are():
-    message = mistake(dataset="imdb")
-    assert "imdb" in message and all(name in message for name in data.DATASETS)
+README = b"---\nconfigs:\n- {config_name: small, data_files: it.txt}\n---\n"
+ONE_TABLE = {"dev.tables.jsonl": jsonl({"id": "1", "header": ["a"]})}
+NO_ROWS = parquet(text=pa.array([], pa.string()))
+MEANINGS = jsonl(*(dict(meaning_representation=n * "a", human_reference="de") for n in (3, 7)))
 
 
-def test_a_block_of_no_tokens_is_refused():
-    assert "--block-size" in mistake(dataset="toysql", block_size=0)
+@pytest.mark.parametrize("told, files, call", [
+    case(" + ".join(["imdb", *data.DATASETS]), "imdb"),
+    case("--block-size", "toysql", path=None, block_size=0),
+    case("257 + 50257", "toysql", path=None, vocab_size=50304),
+    case("--data-path", "toysql"),
+    case("--data-config", "stdlib", path=None, config="all"),
+    case("nowhere", "wikitext", path="nowhere"),
+    case("a file", "samsum", {"a file": b""}, path="a file"),
+    case("HERE", "e2e"),
+    case("HERE + validation", "wikitext", {"train.jsonl": jsonl({"text": "only this"})}),
+    case("HERE + damaged", "e2e", {"validation.parquet": b"PAR1 not really"}),
+    case("HERE + validation split + empty", "wikitext", {"validation.parquet": NO_ROWS}),
+    case("HERE + validation split + empty", "samsum", {"validation.csv": b"dialogue,summary\n"}),
+    case("HERE + validation split + empty", "wikisql", {"dev.jsonl": b""} | ONE_TABLE),
+    case("wikitext-103-v1 + small", "wikitext", {"README.md": README, "it.txt": b"text"}),
+    case("cleaned + default", "e2e", {"validation.jsonl": MEANINGS}, config="cleaned"),
+    case("dialogue + summary + a.b", "samsum", {"validation.jsonl": b'{"a": {"b": 1}}'}),
+    case("dev.jsonl", "wikisql", ONE_TABLE),
+    *(case("dev.jsonl", "wikisql", ONE_TABLE | {"dev.jsonl": row}) for row in
+      (b"{", b"[]", b"{}", b'{"table_id": "2", "question": "", "sql": {}}',
+       b'{"table_id": "1", "question": "", "sql": {"sel": 7, "agg": 0, "conds": []}}')),
+    case("11 tokens + --block-size", "wikitext", {"validation.txt": b"eleven byte"}, block_size=12),
+    case("2 of 2 + 7 to 11 + --block-size", "e2e", {"validation.jsonl": MEANINGS}, block_size=6)])
+def test_a_mistake_is_told_in_one_line(told, files, call, tmp_path, capfd, caplog):
+    write(files)
+    message = mistake(**call)
+    assert all(word.replace("HERE", str(tmp_path)) in message for word in told)
+    assert capfd.readouterr().err == "" and not caplog.records  # nor has the library its say
 
 
-def test_a_path_that_is_no_folder_is_named(tmp_path):
-    assert "nowhere" in mistake(FileNotFoundError, dataset="wikitext", path=tmp_path / "nowhere")
-    (tmp_path / "file").write_text("")
-    assert "file" in mistake(FileNotFoundError, dataset="samsum", path=tmp_path / "file")
-
-
-@pytest.mark.parametrize("dataset", ["stdlib", "toysql"])
-def test_a_path_for_data_without_files_is_refused_not_ignored(dataset, tmp_path):
-    assert "--data-path" in mistake(dataset=dataset, path=tmp_path)
-
-
-@needs_hub
-@pytest.mark.parametrize("dataset, wanted", [("wikitext", "text"), ("samsum", "dialogue, summary"),
-                                             ("e2e", "meaning_representation, human_reference")])
-def test_missing_columns_are_named_beside_those_found(dataset, wanted, capsys):
-    message = mistake(dataset=dataset, path=WIKISQL["path"], config="default")
-    assert wanted in message and "phase, question, table, sql" in message
-    assert capsys.readouterr().err == ""
-
-
-@needs_hub
-def test_a_configuration_that_is_not_there_is_told_those_that_are():
-    assert "wikitext-2-v1" in mistake(**{**WIKITEXT, "config": None})  # wikitext-103-v1 is the default
-    assert "default" in mistake(**E2E, config="cleaned")
-
-
-def test_a_missing_split_is_named(tmp_path):
-    (tmp_path / "train.jsonl").write_text(json.dumps({"text": "only this\n"}) + "\n")
-    assert "validation" in mistake(dataset="wikitext", path=tmp_path)
-
-
-def test_a_missing_half_of_wikisqls_release_is_named(tmp_path):
-    (tmp_path / "train.tables.jsonl").write_text("")
-    assert "train.jsonl" in mistake(FileNotFoundError, dataset="wikisql", split="train", path=tmp_path)
-
-
-@pytest.mark.parametrize("row", ["{", "[]", "{}", '{"table_id": "2", "question": "", "sql": {}}',
-                                 '{"table_id": "1", "question": "", "sql": {"sel": 7, "agg": 0, "conds": []}}'])
-def test_a_broken_row_of_wikisqls_release_is_one_line(row, tmp_path):
-    (tmp_path / "dev.tables.jsonl").write_text('{"id": "1", "header": ["a"]}\n')
-    (tmp_path / "dev.jsonl").write_text(row + "\n")
-    assert "dev.jsonl" in mistake(dataset="wikisql", path=tmp_path)
-
-
-def test_an_empty_split_is_named(tmp_path, capfd):
-    for name in ("parquet", "csv", "release"):
-        (tmp_path / name).mkdir()
-    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "parquet" / "validation.parquet")
-    (tmp_path / "csv" / "validation.csv").write_text("dialogue,summary\n")
-    for name in ("dev.jsonl", "dev.tables.jsonl"):
-        (tmp_path / "release" / name).write_text("")
-    for dataset, name in [("wikitext", "parquet"), ("samsum", "csv"), ("wikisql", "release")]:
-        message = mistake(dataset=dataset, path=tmp_path / name)
-        assert "validation split" in message and "empty" in message and str(tmp_path / name) in message
-    assert capfd.readouterr().err == ""  # the library keeps its own account to itself
-
-
-def test_a_folder_without_data_and_a_file_that_is_no_parquet_are_one_line(tmp_path):
-    assert str(tmp_path) in mistake(dataset="e2e", path=tmp_path)
-    (tmp_path / "validation.parquet").write_bytes(b"PAR1 not really")
-    assert str(tmp_path) in mistake(dataset="e2e", path=tmp_path)
-
-
-def test_fewer_tokens_than_one_block_are_counted(corpus):
-    assert "15 tokens" in mistake(**{**corpus("one"), "block_size": 16})
-    assert len(load(**{**corpus("one"), "block_size": 15})) == 1
-
-
-def test_a_split_of_examples_all_too_long_tells_their_lengths(tmp_path):
-    row = dict(meaning_representation="abc", human_reference="de")
-    (tmp_path / "validation.jsonl").write_text(json.dumps(row) + "\n")
-    assert "the shortest has 7" in mistake(dataset="e2e", path=tmp_path, block_size=6)
-    assert len(load("e2e", path=tmp_path, block_size=7)) == 1
-
-
-@pytest.mark.parametrize("dataset", ["wikitext", "wikisql", "samsum", "e2e"])
-def test_no_network_says_what_works_instead(dataset, monkeypatch):
-    def no_network(*args, **kwargs):  # what the library raises then
-        raise ConnectionError(f"Couldn't reach '{args[0]}' on the Hub\n(LocalEntryNotFoundError)")
+@pytest.mark.parametrize("dataset, revision", [
+    ("wikitext", None), ("samsum", None), ("e2e", "refs/convert/parquet"),
+    ("wikisql", "refs/convert/parquet")])
+def test_a_hub_out_of_reach_is_named_beside_what_works(dataset, revision, monkeypatch, tmp_path):
+    no_network, known = Mock(side_effect=ConnectionError("two\nlines")), data.DATASETS[dataset]
     monkeypatch.setattr(datasets, "load_dataset", no_network)
-    message = mistake(OSError, dataset=dataset)
-    assert data.DATASETS[dataset]["hub"] in message and "--data-path" in message and "--dataset stdlib" in message
+    message = mistake(dataset=dataset)
+    assert known["hub"] in message and "--data-path" in message and "--dataset stdlib" in message
+    write({"validation.txt": b""})
+    mistake(dataset=dataset, path=".")
+    assert [(*call.args, call.kwargs) for call in no_network.call_args_list] == [
+        (known["hub"], known.get("config"), dict(split="validation", revision=revision)),
+        (str(tmp_path), None, dict(split="validation", revision=None))]
 
 
-def test_the_library_itself_offline_ends_in_the_same_line(tmp_path):
+def test_the_library_itself_offline_ends_in_the_same_line(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     command = ("import data\ntry: data.load('samsum', 'train', 257, 128)\n"
                "except OSError as error: print(error)")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
-    done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
     assert done.stdout.count("\n") == 1 and "--data-path" in done.stdout
-    assert done.stderr == "reading knkarthick/samsum from the Hub\n"
-
-
-@pytest.mark.parametrize("dataset, source", [("wikisql", "Salesforce/wikisql"), ("e2e", "tuetschek/e2e_nlg")])
-def test_the_hubs_scripts_are_read_from_its_parquet_branch_a_folder_as_it_is(dataset, source, monkeypatch, tmp_path):
-    calls = []
-
-    def record(name, config=None, split=None, revision=None):
-        calls.append((name, split, revision))
-        raise ValueError("enough")
-    monkeypatch.setattr(datasets, "load_dataset", record)
-    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda path: ["default"])
-    mistake(dataset=dataset)
-    mistake(dataset=dataset, path=tmp_path)
-    assert calls == [(source, "validation", "refs/convert/parquet"), (str(tmp_path), "validation", None)]
+    assert done.stderr.endswith("reading knkarthick/samsum from the Hub\n")  # and nothing after it

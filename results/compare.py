@@ -1,0 +1,232 @@
+"""Finished runs side by side: what `python measure.py table` and `python measure.py figures` show.
+
+`run.leftover` is the share of neurons that a run was asked to leave; what it did is in its metrics.
+"""
+
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+from statistics import fmean, stdev
+
+import data
+from measure import MEASURES, read_model
+from prune import METHODS
+
+DRAWN = {  # method: colour (Okabe and Ito's, which the colour-blind can tell apart) and marker
+    "none": ("#000000", "s"), "magnitude": ("#E69F00", "^"), "random": ("#56B4E9", "v"),
+    "topv": ("#009E73", "D"), "soft": ("#CC79A7", "P"), "gum": ("#D55E00", "o")}
+# Runs that differ in these share a table's row: these are columns or repetitions, or change no
+# result.
+NO_ROW = ("leftover", "seed", "teacher", "data_path", "device", "dtype", "compile",
+          "gradient_checkpointing", "log_every", "eval_every")
+
+
+def read_runs(folders):
+    """Runs by (data set, model), in the order of a table's rows: undistilled ones first, then by
+    method. A run's `label` is its method's name and the settings in which runs by it differ."""
+    runs, groups = [read_model(folder) for folder in dict.fromkeys(folders)], {}
+    for run in runs:
+        if not run.metrics:
+            raise ValueError(f"{run.path} has no metrics.json: it is no finished run of train.py")
+        run.method, run.distill, run.leftover = (
+            run.settings[name] for name in ("method", "distill", "leftover"))
+        if run.method not in METHODS:
+            raise ValueError(f"{run.path} is by {run.method}, which is no method of prune.py")
+        run.group = run.settings["dataset"], Path(run.settings["model"]).name
+        run.values = run.measures.get("values") or dict(
+            perplexity=run.metrics["result"]["val_perplexity"], leftover=run.metrics["leftover"])
+    for run in sorted(runs, key=lambda run: (run.distill, list(METHODS).index(run.method))):
+        alike = [other.settings for other in runs if (other.group, other.method, other.distill)
+                 == (run.group, run.method, run.distill)]
+        own = [f"{name} {value}" for name, value in run.settings.items() if name not in NO_ROW
+               and any(settings.get(name) != value for settings in alike)]
+        run.label = ", ".join([METHODS[run.method].name, *own])
+        groups.setdefault(run.group, []).append(run)
+    return groups
+
+
+def require(runs, name):
+    """Raise ValueError if not all of `runs` have the measure `name`."""
+    lacking = [str(run.path) for run in runs if name not in run.values]
+    if lacking:
+        raise ValueError(f"no {name}: first python measure.py {' '.join(lacking)}")
+
+
+def mean_std(values):
+    """Mean and sample standard deviation (0 of one value)."""
+    return fmean(values), stdev(values) if len(values) > 1 else 0.0
+
+
+def cell(runs, metric):
+    """A table's cell: mean ± sample standard deviation of `runs`, their number, and what is left
+    where that is not what was wanted."""
+    values = [run.values[metric] for run in runs if run.values[metric] is not None]
+    if not values:
+        return "-"
+    mean, std = mean_std(values)
+    text = f"{mean:.4g}" + f" ± {std:.2g}" * (len(values) > 1) + f" ({len(values)})"
+    left = fmean(run.metrics["leftover"] for run in runs)
+    return text + f" at {left:.3f}" * (abs(left - runs[0].leftover) >= 0.01)
+
+
+def table(args):
+    """Print the paper's tables: methods down, leftover across, means over seeds."""
+    for (dataset, model), runs in read_runs(args.runs).items():
+        metric = args.metric or data.DATASETS[dataset]["metric"].replace("rouge", "rougeL")
+        if not args.metric and any(metric not in run.values for run in runs):
+            metric = "perplexity"
+        require(runs, metric)
+        leftovers = sorted({run.leftover for run in runs}, reverse=True)
+        lines = [[f"{dataset}, {model}: {MEASURES[metric]}", *(f"{v:g}" for v in leftovers)]]
+        for row in dict.fromkeys((run.label, run.distill) for run in runs):
+            of_row = [run for run in runs if (run.label, run.distill) == row]
+            lines.append([row[0] + ", distilled" * row[1], *(
+                cell([run for run in of_row if run.leftover == v], metric) for v in leftovers)])
+        if args.format == "csv":
+            csv.writer(sys.stdout).writerows(lines)
+        elif args.format == "markdown":
+            lines.insert(1, ["---"] * len(lines[0]))
+            print(*(f"| {' | '.join(line)} |" for line in lines), "", sep="\n")
+        else:
+            body = " \\\\\n".join(" & ".join(line) for line in lines)
+            body = body.replace("_", r"\_").replace("±", r"$\pm$")
+            print(f"\\begin{{tabular}}{{l{'r' * len(leftovers)}}}\n{body} \\\\\n\\end{{tabular}}\n")
+
+
+def look(method):
+    """A method's colour and marker, always the same. One not in DRAWN gets matplotlib's colours."""
+    if method in DRAWN:
+        return DRAWN[method]
+    n = [name for name in METHODS if name not in DRAWN].index(method)
+    return f"C{n % 10}", "<>pX*hd"[n % 7]
+
+
+def styles_of(runs):
+    """How matplotlib draws each curve: a method by its look, its ablations with other dashes."""
+    from matplotlib import colormaps
+
+    styles = {"v_t": dict(color="#555555", ls=":", zorder=3)}
+    for run in runs:
+        color, marker = look(run.method)
+        ablation = sum(style["color"] == color for style in styles.values())
+        styles.setdefault(run.label, dict(color=color, marker=marker,
+                                          ls=["-", "--", ":", "-."][ablation % 4]))
+        layers = len(run.metrics["start"]["widths"])
+        for n in range(layers):
+            styles[f"layer {n + 1}"] = dict(color=colormaps["viridis"](n / layers), lw=1)
+    return styles
+
+
+def draw(path, panels, styles):
+    """A figure of `panels` {(title, x label, y label): [(curve, xs, ys) of each run]}, as PNG and
+    PDF. Points are means over a curve's runs, bars sample standard deviations. Panels of the same
+    quantities share their axes."""
+    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot, which would look for a screen
+
+    matplotlib.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3,
+                                "axes.titlesize": 10})
+    columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
+    rows, handles, peers = -(-len(panels) // columns), {}, {}
+    figure = Figure(figsize=(9, 0.7 + 2.5 * rows), layout="constrained")
+    for place, ((title, x_label, y_label), lines) in enumerate(panels.items(), 1):
+        peer = peers.get((x_label, y_label))
+        ax = figure.add_subplot(rows, columns, place, sharex=peer, sharey=peer)
+        peers[x_label, y_label] = ax
+        ax.set(title=title, xlabel=x_label, ylabel=y_label)
+        ax.xaxis.get_major_locator().set_params(integer=x_label in ("layer", "step"))
+        points = {}  # curve: {x: y of each run}
+        for curve, xs, ys in lines:
+            for x, y in zip(xs, ys):
+                if y is not None:
+                    points.setdefault(curve, {}).setdefault(x, []).append(y)
+        for curve, ys in points.items():
+            xs = sorted(ys)
+            means, stds = zip(*(mean_std(ys[x]) for x in xs))
+            crowded = dict(marker="", elinewidth=0.5, capsize=0) if len(xs) > 12 else {}
+            style = dict(capsize=2, mfc="none") | styles[curve] | crowded
+            handles[curve] = ax.errorbar(xs, means, stds if any(stds) else None, **style)
+    for (_, y_label), ax in peers.items():
+        if y_label.startswith("share"):  # bars may reach beyond what a share can be
+            ax.set_ylim(0, min(1.03, ax.get_ylim()[1]))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for suffix in ("png", "pdf"):
+        figure.savefig(f"{path}.tmp", format=suffix, dpi=200)
+        os.replace(f"{path}.tmp", f"{path}.{suffix}")
+    print(f"{path}.png")
+
+
+def redundancy(runs, how, kind):
+    """Panels of sensitivity and uniqueness against leftover: figures 1 and 2 (`kind` "ratios", to
+    the dense run), 5 and 6 ("values")."""
+    names = {name: MEASURES[name] for name in ("sensitivity", "uniqueness", "span_uniqueness")}
+    if kind == "ratios":
+        names = {name: f"{title.split(' (')[0]} (ratio to dense)" for name, title in names.items()}
+    return {(how, "leftover wanted (share of neurons)", title):
+            [(run.label, [run.leftover], [run.measures[kind][name]]) for run in runs]
+            for name, title in names.items()}
+
+
+def similarity(runs):
+    """Figure 3, a panel for each layer: its neurons by their largest |cos| to another one."""
+    panels = {}
+    for run in runs:
+        for n, counts in enumerate(run.measures["counts"], 1):
+            middles = [(i + 0.5) / len(counts) for i in range(len(counts))]
+            shares = [count / max(sum(counts), 1) for count in counts]
+            panel = f"layer {n}", "largest |cos| to another neuron", "share of neurons"
+            panels.setdefault(panel, []).append((run.label, middles, shares))
+    return panels
+
+
+def training(runs):
+    """Loss and leftover by step, for all methods; then each method's layers."""
+    left, panels = "share of neurons left", {}
+    for run in runs:
+        log = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+        steps, widths = [line["step"] for line in log], run.metrics["start"]["widths"]
+
+        def add(title, y_label, curve, ys):
+            panels.setdefault((title, "step", y_label), []).append((curve, steps, ys))
+
+        add("all methods", "training loss (nats/token)", run.label, [line["loss"] for line in log])
+        add("all layers", left, "v_t", [line["v_t"] for line in log])
+        add("all layers", left, run.label, [line["leftover"] for line in log])
+        for n, m in enumerate(widths):
+            add(run.label, left, f"layer {n + 1}", [line["widths"][n] / max(m, 1) for line in log])
+    return panels
+
+
+def figures(args):
+    """Draw the paper's figures 1 to 6, and training curves."""
+    for (dataset, model), runs in read_runs(args.runs).items():
+        require(runs, "sensitivity")
+        styles = styles_of(runs)
+
+        def save(name, panels):
+            draw(Path(args.out, f"{name}-{dataset}-{model}"), panels, styles)
+
+        dense, pruned = [run for run in runs if run.method == "none"], {}
+        for run in runs:
+            if run.method != "none":
+                pruned.setdefault((run.distill, run.leftover), []).append(run)
+        ratios, values, layers = {}, {}, {}
+        for (distill, leftover), alike in (pruned or {(False, 1.0): []}).items():
+            how = "with distillation" if distill else "without distillation"
+            suffix = f"-{leftover:g}" + "-distilled" * distill
+            shown = [run for run in runs if run.method == "none" or run.distill == distill]
+            ratios |= redundancy(shown, how, "ratios")
+            values |= redundancy(shown, how, "values")
+            save("similarity" + suffix, similarity(dense + alike))
+            if alike:
+                save("training" + suffix, training(alike))
+                layers[f"leftover {leftover:g}, {how}", "layer", "share of neurons left"] = [
+                    (run.label, range(1, len(run.measures["counts"]) + 1),
+                     run.metrics["leftover_per_layer"]) for run in alike]  # figure 4
+        save("redundancy-ratios", ratios)
+        save("redundancy-values", values)
+        if layers:
+            save("layers", layers)

@@ -1,0 +1,86 @@
+"""What README shows works as printed: its commands, its snippets, and the method that it adds."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).parents[1]
+FILES = ("model.py", "prune.py", "train.py", "data.py", "measure.py")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SMALL = ("--model small --steps 20 --batch-size 4 --dataset toysql --block-size 128 --log-every 5 "
+         "--device cpu").split()
+
+
+def blocks(kind):
+    return re.findall(rf"^```{kind}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def python(*words, cwd):
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=cwd, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(cwd)})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory):
+    """A folder with the five files and a small model, and nothing else."""
+    folder = tmp_path_factory.mktemp("copy")
+    for file in FILES:
+        shutil.copy(ROOT / file, folder)
+    GPT(GPTConfig(vocab_size=257, n_positions=128, n_embd=16, n_layer=2, n_head=2)
+        ).save_pretrained(folder / "small")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def forked(copied, tmp_path_factory):
+    """The same with README's diff applied."""
+    folder = tmp_path_factory.mktemp("fork") / "copy"
+    shutil.copytree(copied, folder)
+    [diff] = blocks("diff")
+    subprocess.run(["git", "apply", "-"], cwd=folder, input=diff, text=True, check=True)
+    return folder
+
+
+def test_the_new_method_takes_at_most_twelve_lines_of_one_file():
+    [diff] = blocks("diff")
+    assert re.findall(r"^\+\+\+ .*", diff, re.MULTILINE) == ["+++ b/prune.py"]
+    assert len(re.findall(r"^\+(?!\+\+)", diff, re.MULTILINE)) <= 12
+    assert not re.findall(r"^-(?!--)", diff, re.MULTILINE) and diff.count("@@") == 2
+
+
+def test_the_new_method_trains_and_stands_in_help_tables_and_figures(forked):
+    assert "wanda" in python("train.py", "--help", cwd=forked)
+    for scope in ("layer", "global"):
+        python("train.py", *SMALL, "--method", "wanda", "--scope", scope, "--out", scope, cwd=forked)
+    widths = [GPT.from_pretrained(forked / scope).config.mlp_widths for scope in ("layer", "global")]
+    assert widths[0] == (16, 16) and sum(widths[1]) == 32
+    python("measure.py", "layer", "global", "--examples", 8, "--device", "cpu", cwd=forked)
+    table = python("measure.py", "table", "layer", "global", cwd=forked)
+    assert "Wanda, scope layer" in table and "Wanda, scope global" in table
+    drawn = python("measure.py", "figures", "layer", "global", "--out", "drawn", cwd=forked)
+    assert all((forked / line).is_file() for line in drawn.splitlines()) and drawn
+
+
+def test_the_commands_about_the_first_run_work_as_printed(copied):
+    # All but training it in full.
+    run = "out/gum-stdlib-tiny-0.25-seed0"
+    assert run in README
+    python("train.py", "--steps", 3, "--device", "cpu", "--out", run, cwd=copied)
+    commands = [line for block in blocks("sh") for line in block.splitlines()
+                if line.startswith("python measure.py") and run in line]
+    for command in commands:
+        python(*command.split("#")[0].replace('"', "").split()[1:], cwd=copied)
+    snippets = "\n".join(blocks("python"))
+    assert commands and "from_pretrained" in snippets and "pad=True" in snippets
+    (copied / "snippets.py").write_text(snippets)
+    python("snippets.py", cwd=copied)
