@@ -1,5 +1,4 @@
-"""A run from its command line to its folder: what it leaves, that nothing is lost, and what it says
-to mistakes."""
+"""A run from its command line to its folder: what it leaves, loses, and says to mistakes."""
 
 import json
 import math
@@ -83,10 +82,6 @@ def assert_same_run(a, b):
         assert first == second
 
 
-def log_of(folder):
-    return [json.loads(line) for line in Path(folder, "log.jsonl").open()]
-
-
 def program(capsys, flags):
     """`python train.py` with these flags, in this process: its exit status and last line."""
     capsys.readouterr()
@@ -96,8 +91,7 @@ def program(capsys, flags):
             status = train.main() or 0
         except SystemExit as stopped:
             status = stopped.code
-    lines = capsys.readouterr().err.strip().splitlines()
-    return status, lines[-1] if lines else ""
+    return status, capsys.readouterr().err.strip().rpartition("\n")[2]
 
 
 def assert_fails(capsys, flags, says):
@@ -110,23 +104,21 @@ def assert_fails(capsys, flags, says):
 # What a run leaves.
 
 
-@pytest.mark.parametrize("flags,kept", [  # neurons of each of the layers, or of both
-    ("none", [64, 64]), ("magnitude --leftover 0.1", [6, 6]), ("random --leftover 0.5", [32, 32]),
-    ("topv --leftover 0.25", [16, 16]), ("gum --leftover 0.3", 38),
-    ("soft --leftover 0.25 --tau 0.9999 --mask-lr 0.1", [16, 16]),  # none reach that threshold
-    ("gum --leftover 0.5 --scope layer", [32, 32]), ("gum --leftover 0.5 --lambda-gum 0", 64),
-    ("topv --leftover 0.5 --lambda-gum 10", [32, 32]),
-    ("random --leftover 0.5 --scope global", 64)])
-def test_a_finished_run_has_four_files_and_the_wanted_number_of_neurons(flags, kept):
-    metrics = run(f"--method {flags} --out run")
-    assert set(os.listdir("run")) == {"config.json", "log.jsonl", "metrics.json",
-                                      "model.safetensors"}
+@pytest.mark.parametrize("flags,leftover,kept", [  # neurons of each of the layers, or of both
+    ("none", 1, [64, 64]), ("magnitude", 0.1, [6, 6]), ("random", 0.5, [32, 32]),
+    ("topv", 0.25, [16, 16]), ("gum", 0.3, 38),
+    ("soft --tau 0.9999 --mask-lr 0.1", 0.25, [16, 16]),  # none reach that threshold
+    ("gum --lambda-gum 0", 0.5, 64), ("gum --scope layer", 0.5, [32, 32]),
+    ("topv --lambda-gum 10", 0.5, [32, 32]), ("random --scope global", 0.5, 64)])
+def test_a_finished_run_has_four_files_and_the_wanted_number_of_neurons(flags, leftover, kept):
+    metrics = run(f"--method {flags} --leftover {leftover} --out run")
+    files = "config.json log.jsonl metrics.json model.safetensors"
+    assert sorted(os.listdir("run")) == files.split()
     model = GPT.from_pretrained("run")
     widths = list(model.config.mlp_widths)
     assert (widths if isinstance(kept, list) else sum(widths)) == kept
     assert widths == metrics["result"]["widths"] == [len(block.mlp.c_fc.bias) for block in model.h]
-    assert metrics["leftover"] == sum(widths) / 128
-    assert metrics["leftover_wanted"] == float(flags.split()[2] if "--leftover" in flags else 1)
+    assert metrics["leftover"] == sum(widths) / 128 and metrics["leftover_wanted"] == leftover
 
 
 def test_the_saved_model_has_learned_and_is_the_one_that_was_evaluated():
@@ -140,12 +132,13 @@ def test_the_saved_model_has_learned_and_is_the_one_that_was_evaluated():
     assert result["val_loss"] == pytest.approx(loss, rel=1e-5)  # it is computed in float32
     assert result["val_perplexity"] == pytest.approx(math.exp(result["val_loss"]))
     assert result["parameters"] == sum(parameter.numel() for parameter in model.parameters())
-    assert [line["step"] for line in log_of("run") if "val_loss" in line] == [6, 12, 18, 24]
+    log = [json.loads(line) for line in open("run/log.jsonl")]
+    assert [line["step"] for line in log if "val_loss" in line] == [6, 12, 18, 24]
 
 
 def test_the_log_has_a_line_every_interval_and_evaluation_and_follows_the_schedule():
     run("--method topv --leftover 0.25 --eval-every 3 --out run", steps=20)
-    log = log_of("run")
+    log = [json.loads(line) for line in open("run/log.jsonl")]
     assert [line["step"] for line in log] == [2, 3, 4, 6, 8, 9, 10, 12, 14, 15, 16, 18, 20]
     assert [line["step"] for line in log if "val_loss" in line] == [3, 6, 9, 12, 15, 18]
     assert log[0]["v_t"] == log[0]["leftover"] == 1.0  # two of twenty steps are warm-up
@@ -194,8 +187,7 @@ def test_epochs_set_the_steps():
     ("topv --distill --teacher small", "topv --distill --teacher small --accumulate 2"),
     ("topv", "topv --gradient-checkpointing"), ("gum", "gum --compile"),
     ("gum", "gum --gradient-checkpointing --accumulate 2"),
-    ("topv", f"topv {UNTAUGHT}"),
-    ("gum", f"gum {UNTAUGHT} --lambda-gum 10"),  # which distilling would change
+    ("topv", f"topv {UNTAUGHT}"), ("gum", f"gum {UNTAUGHT} --lambda-gum 10"),
     *(("none", f"{method} --leftover 1") for method in PRUNING)])
 def test_two_ways_to_the_same_weights(one, other, monkeypatch):
     # Traced blocks are run as traced, without the minutes that it takes to make kernels.
@@ -298,9 +290,8 @@ def killed_run(death, flags, **how):
         run(flags, **how)
 
 
-DEATHS = {"while a checkpoint is written":
-          (torch, "save", 2, lambda _, path: die(Path(path).write_bytes(b"PK half of it"))),
-          "before a checkpoint is in place": (torch, "save", 2, None, die),
+DEATHS = {"while saving": (torch, "save", 2, lambda _, path: die(path.write_bytes(b"PK half"))),
+          "before what is saved is in place": (torch, "save", 2, None, die),
           "in the middle of a step": (*STEP, 7, die),
           "between two steps": (*STEP, 10, None, die),
           "before the first checkpoint": (*STEP, 3, None, die),
@@ -399,12 +390,10 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(capsys, monkeyp
     ("--distill --label-smoothing 0.1", "--label-smoothing"),
     ("--compile --gradient-checkpointing", "--compile|--gradient-checkpointing"),
     ("--model small --distill --teacher nowhere", "nowhere"),
-    ("--model small --distill --teacher wide", "300|257"),
-    ("--model small --distill --lr 0.1",
-     "--teacher|python train.py --method none --model small --lr 0.1"),
+    ("--model small --distill --teacher wide", "300|257"), ("--resume", "nothing|without --resume"),
+    ("--model small --distill --lr 0.1", "--teacher|python train.py --method none --model small"),
     ("--model small --block-size 129", "129|128"), ("--model cut", "model.safetensors|cut off"),
-    ("--batch-size 2 --accumulate 3", "--accumulate 3|2"),
-    ("--resume", "nothing to resume|without --resume"),
+    ("--batch-size 2 --accumulate 3", "--accumulate 3|--batch-size 2"),
     ("--dataset wikitext --data-path nowhere", "nowhere"),
     ("--model somebody/gpt2-of-theirs", "somebody/gpt2-of-theirs|--model tiny"),
     pytest.param("--device cuda", "--device cpu", marks=pytest.mark.skipif(
