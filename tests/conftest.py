@@ -4,11 +4,12 @@ import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars; read once, when torch imports tqdm
+
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars among the tests' output
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -18,3 +19,4 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)  # which train.main sets
