@@ -46,8 +46,8 @@ DATASETS = {
 def load(dataset, split, vocab_size, block_size, path=None, config=None, cache_dir="cache"):
     """A split ("train" or "validation") as `Blocks` or `Examples` of at most `block_size` tokens.
 
-    `path`, a folder, replaces the Hub; `config` names a configuration; `cache_dir` keeps tokens. A
-    user's mistake raises a ValueError or an OSError: one line that says what would work.
+    `path`, a folder, replaces the Hub; `config` names a configuration; `cache_dir` keeps tokens.
+    Raises ValueError or OSError for a user's mistake, in one line that says what would work.
     """
     if dataset not in DATASETS:
         raise ValueError(f"--dataset {dataset} is none of {', '.join(DATASETS)}")
@@ -297,12 +297,12 @@ def toysql(split):
         how many team with goal over 312?
         SELECT COUNT teamX FROM table WHERE goalF > 312
 
-    The question lacks the last letter of a column's name, which is drawn anew for every table: so
-    there is no answer without looking columns up in the header. All fits into 128 bytes.
+    The question lacks the last letter of a column's name, drawn anew for every table: it has to be
+    looked up in the header. All fits into 128 bytes.
     """
     rng = random.Random(2023)
-    # A table has one column of each kind. No two nouns end alike, so the byte before the capital
-    # tells the place in the header: a small model learns to look there in minutes.
+    # A column of each kind. No two nouns end alike, so the byte before the capital tells the place
+    # in the header: a small model learns to look there in minutes.
     kinds = ["area band city desk fish", "goal hero jobs loan mile", "rent song team view wolf"]
     asking = [["which", "what"], ["highest", "largest"], ["lowest", "smallest"],
               ["how many", "count the"], ["total", "sum of"], ["average", "mean"]]

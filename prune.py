@@ -2,8 +2,7 @@
 
 From the paper's equations to code, in order: the schedule of gradual pruning, Top_v, scores and
 their regulariser, what tells one method from another (`METHODS`), the `Pruner`, which puts them to
-work, the loss with distillation, and `shrink`, which makes the pruned widths real. The loop that
-uses them is in `train.py`.
+work, the loss with distillation, and `shrink`. The loop that uses them is in `train.py`.
 
 A neuron j of a layer is one group: row j of W1, entry j of b1, column j of W2, with one score S_j.
 A layer has m neurons, k of which are kept at this step; the network has N. The kept ones are put

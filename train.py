@@ -275,7 +275,7 @@ LOCK = ".lock"
 
 @contextmanager
 def locked(folder, wait):
-    """Keep other processes from making the same run at once; the lock ends with the process."""
+    """Keep other processes from making the same run; the lock ends with this one."""
     try:
         with FileLock(folder / LOCK, timeout=-1 if wait else 0):
             yield
@@ -453,7 +453,7 @@ FLAGS = {
         seed=Flag(int, "of the initialisation, the data's order and random scores", 0,
                   within="from 0 to 2^31 - 1"),
         out=Flag(str, "the run's folder (default: out/NAME, named from the settings)"),
-        resume=Flag(None, "go on with the interrupted run of this very command")),
+        resume=Flag(None, "go on with the interrupted run of this command")),
     "data": dict(
         dataset=Flag(data.DATASETS, "what to train on", "stdlib"),
         data_path=Flag(str, "a local folder with the data in the Hub's layout"),
@@ -584,7 +584,7 @@ def resolve(flags):
 
 
 def join_processes(flags):
-    """Make this one of the processes that torchrun launched, on a GPU of its own, or the CPU."""
+    """Be one of the processes that torchrun launched, on a GPU of its own, or the CPU."""
     device, gpus = flags.device or ALL_FLAGS["device"].default, torch.cuda.device_count()
     if device == "cuda" and int(os.environ["LOCAL_RANK"]) < gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
