@@ -14,9 +14,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Most models here are so small that waiting for a second thread costs more than it wins."""
+    """Most models here are so small that waiting for a second thread costs more than it wins: so
+    one, or as many as OMP_NUM_THREADS says."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     yield
     torch.set_num_threads(threads)
     torch.set_flush_denormal(False)  # which train.main sets

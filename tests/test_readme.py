@@ -12,7 +12,7 @@ import pytest
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parents[1]
-FILES = ("model.py", "prune.py", "train.py", "data.py", "measure.py")
+FILES = ("model.py", "prune.py", "train.py", "data.py", "measure.py", "results/compare.py")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = ("--model small --steps 20 --batch-size 4 --dataset toysql --block-size 128 --log-every 5 "
          "--device cpu").split()
@@ -32,10 +32,11 @@ def python(*words, cwd):
 
 @pytest.fixture(scope="module")
 def copied(tmp_path_factory):
-    """A folder with the five files and a small model, and nothing else."""
+    """A folder with the program and a small model, and nothing else."""
     folder = tmp_path_factory.mktemp("copy")
+    (folder / "results").mkdir()
     for file in FILES:
-        shutil.copy(ROOT / file, folder)
+        shutil.copy(ROOT / file, folder / file)
     GPT(GPTConfig(vocab_size=257, n_positions=128, n_embd=16, n_layer=2, n_head=2)
         ).save_pretrained(folder / "small")
     return folder
@@ -61,9 +62,11 @@ def test_the_new_method_takes_at_most_twelve_lines_of_one_file():
 def test_the_new_method_trains_and_stands_in_help_tables_and_figures(forked):
     assert "wanda" in python("train.py", "--help", cwd=forked)
     for scope in ("layer", "global"):
-        python("train.py", *SMALL, "--method", "wanda", "--scope", scope, "--out", scope, cwd=forked)
-    widths = [GPT.from_pretrained(forked / scope).config.mlp_widths for scope in ("layer", "global")]
-    assert widths[0] == (16, 16) and sum(widths[1]) == 32
+        python("train.py", *SMALL, "--method", "wanda", "--scope", scope, "--out", scope,
+               cwd=forked)
+    each, whole = (GPT.from_pretrained(forked / scope).config.mlp_widths
+                   for scope in ("layer", "global"))
+    assert each == (16, 16) and sum(whole) == 32
     python("measure.py", "layer", "global", "--examples", 8, "--device", "cpu", cwd=forked)
     table = python("measure.py", "table", "layer", "global", cwd=forked)
     assert "Wanda, scope layer" in table and "Wanda, scope global" in table
