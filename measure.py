@@ -140,7 +140,7 @@ def activation_statistics(model, examples, tokens=2048, first=None):
     """Sensitivity, and C of each layer, from one pass over a split or its `first` sequences.
 
     Sensitivity = sum_l sum_i |h_i(X) . dL/dh_i(X)| (Appendix E), the mean over sequences X, in
-    nats: the dot product is over X's tokens, L is X's own mean loss. C [k, k] = sum over real
+    nats: the dot product is over X's tokens, L is X's mean loss. C [k, k] = sum over real
     tokens of h^T h, Algorithm 1 without decay, in float64, so that no order of summing shows: 0.9
     GB in all for gpt2, 13 GB for GPT-Neo-1.3B.
     """
@@ -274,7 +274,7 @@ def measure(path, device, on):
     if block_size > longest:
         raise ValueError(f"--block-size {block_size} is more than the context of {path}, {longest}")
     where = model.config.vocab_size, block_size, on.data_path, on.data_config
-    metric, validation = data.DATASETS[on.dataset]["metric"], load(on.dataset, "validation", *where)
+    validation, metric = load(on.dataset, "validation", *where), data.DATASETS[on.dataset]["metric"]
     values = dict(loss=mean_loss(model, validation, nullcontext()))
     values["perplexity"] = math.exp(values["loss"])
     if metric == "exact_match":
@@ -417,7 +417,7 @@ FLAGS = dict(
         block_size=Flag(int, "tokens per sequence (of a folder with only a model: its context)",
                         within=ABOVE_0),
         split=Flag(("train", "validation"), "to measure redundancy on", "train"),
-        examples=Flag(int, "of its sequences; 0 = all", 512, None, AT_LEAST_0),
+        examples=Flag(int, "sequences of it; 0 = all", 512, None, AT_LEAST_0),
         generate=Flag(int, "prompts to write texts for, if need be; 0 = all", 0, None,
                       AT_LEAST_0),
         beams=Flag(int, "for these texts (for e2e: 10)", 1, None, ABOVE_0),

@@ -153,7 +153,7 @@ def train(args, steps, model, teacher, train_data, val_data, checkpoint, stop):
                                   leftover=sum(widths) / max(sum(pruner.widths), 1),
                                   lr=optimizer.param_groups[0]["lr"])
                     if evaluates and PROCESS == 0:
-                        loss = measure.mean_loss(model, val_data, autocast_of(args), most=16)
+                        loss = measure.mean_loss(model, val_data, autocast_of(args), most=64)
                         record["val_loss"] = loss
                         model.train()
                     log(folder, progress, record, bar)
@@ -464,7 +464,7 @@ FLAGS = {
         steps=Flag(int, "optimizer steps (default: what --epochs make)", None, 1000, ABOVE_0),
         epochs=Flag(float, "passes over the training split (samsum: 3)", 5.0, None, ABOVE_0),
         batch_size=Flag(int, "sequences per optimizer step", 8, 32, ABOVE_0),
-        accumulate=Flag(int, "micro-batches to cut it into, for less memory", 1, None, ABOVE_0),
+        accumulate=Flag(int, "micro-batches to cut it into", 1, None, ABOVE_0),
         lr=Flag(float, "the weights' peak learning rate", 5e-4, 5e-3, ABOVE_0),
         eps=Flag(float, "AdamW's epsilon, for the scores always 1e-4", 1e-4, 1e-8, ABOVE_0),
         weight_decay=Flag(float, "of weights, not of biases, norms, scores", 0.1, None, AT_LEAST_0),
