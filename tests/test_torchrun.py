@@ -17,7 +17,6 @@ import train
 from prune import METHODS, Method, Pruner, lr_factor, shrink
 from test_train import STEP, assert_same_weights, hook, in_double, load_once, save_small
 
-ROOT = Path(__file__).parents[1]
 STEPS, SAVED, DEATH = 15, 8, 11  # a checkpoint comes every SAVED steps; a process dies in DEATH
 FLAGS = (f"--model small --steps {STEPS} --batch-size 8 --block-size 32 --lr 0.01 --log-every 5 "
          f"--eval-every {STEPS} --checkpoint-every {SAVED} --device cpu")
@@ -34,7 +33,7 @@ RUNS = {  # what two processes make, and a run that is the same: of one process,
 
 
 def prepare(patch):
-    """Have runs be in float64 and know WANDA; returns a list of the neurons that each step keeps."""
+    """Have runs be in float64 and know WANDA; returns a list of what each step is going to keep."""
     kept, select = [], Pruner.select
 
     def selected(pruner, step):
@@ -60,7 +59,7 @@ def torchrun(victim, *runs):
     """Two processes make the runs, and one is killed in the last of them. Returns their output."""
     command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2".split()]
     job = subprocess.run([*command, __file__, str(victim), *runs], text=True,
-                         env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)),
+                         env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parents[1])),
                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert job.returncode and all(Path(f"{run}.kept1").exists() for run in runs[:-1]), job.stdout
     return job.stdout
@@ -123,7 +122,7 @@ def test_two_processes_make_gum_with_the_mean_of_their_uniqueness():
         first.update(step)
         gradient = first.scores.grad.clone()
         second.update(step)
-        assert not gradient.equal(second.scores.grad)
+        assert not gradient.equal(first.scores.grad)
         first.scores.grad.add_(gradient).div_(2)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
