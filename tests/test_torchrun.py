@@ -58,8 +58,8 @@ def make(run, kept, out):
 def torchrun(victim, *runs):
     """Two processes make the runs, and one is killed in the last of them. Returns their output."""
     command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2".split()]
-    job = subprocess.run([*command, __file__, str(victim), *runs], text=True,
-                         env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parents[1])),
+    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parents[1]))
+    job = subprocess.run([*command, __file__, str(victim), *runs], env=env, text=True,
                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert job.returncode and all(Path(f"{run}.kept1").exists() for run in runs[:-1]), job.stdout
     return job.stdout
