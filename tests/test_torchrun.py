@@ -1,156 +1,165 @@
-"""Two processes on the CPU, launched by torchrun: the run of one process, and what happens if one of them dies."""
+"""Two processes on the CPU, launched by torchrun: they make the run of one process, and if one of
+them dies, nothing is lost. Runs are in float64, where all choose the same neurons for certain."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 import data
-import prune
 import train
-from model import GPT, GPTConfig
-from prune import Pruner
-from test_train import load_once
+from prune import METHODS, Method, Pruner, lr_factor, shrink
+from test_train import STEP, assert_same_weights, hook, in_double, load_once, save_small
 
-ROOT = Path(__file__).parents[1]
-RUNS = ("none", "magnitude", "random", "topv", "soft", "gum", "topv --distill --teacher small", "gum --lambda-gum 0",
-        "topv --accumulate 2", "topv --gradient-checkpointing")
-WORDS = "--model small --steps 30 --batch-size 8 --block-size 32 --lr 1e-2 --log-every 10 --device cpu".split()
-SCRIPT = """
-import sys, torch, data, train
-from prune import Pruner
-from test_train import load_once
+STEPS, SAVED, DEATH = 15, 8, 11  # a checkpoint comes every SAVED steps; a process dies in DEATH
+FLAGS = (f"--model small --steps {STEPS} --batch-size 8 --block-size 32 --lr 0.01 --log-every 5 "
+         f"--eval-every {STEPS} --checkpoint-every {SAVED} --device cpu")
+# A method that somebody might add, one that measures activations (Sun et al.'s pruning metric).
+WANDA = Method("Wanda", "weights times activations", measure=torch.square,
+               score=lambda mlp, square: mlp.c_proj.weight.norm(dim=0) * square.sqrt(),
+               defaults=dict(lambda_sim=0.1))
+RUNS = {  # what two processes make, and a run that is the same: of one process, if it has a 1
+    **{run: f"1 {run}" for run in (*METHODS, "wanda", "gum --lambda-gum 0",
+                                   "topv --distill --teacher small") if run != "gum"},
+    "topv --gradient-checkpointing": "1 topv", "wanda --accumulate 2": "1 wanda",
+    **{run + cut: run for run in ("gum", "gum --distill --teacher small", "gum --sim-tokens 64")
+       for cut in ("", " --accumulate 2", " --accumulate 4")}}
 
-data.load = load_once
-kept, select = [], Pruner.select
-def selected(self, step):
-    widths = select(self, step)
-    kept.append([None if mlp.keep is None else mlp.keep.tolist() for mlp in self.mlps])
-    return widths
 
-Pruner.select = selected
-words = sys.argv[1].split()
-train.join_processes(train.parse(words))
-for number, run in enumerate(sys.argv[2:]):
+def prepare(patch):
+    """Have runs be in float64 and know WANDA; returns a list of what each step is going to keep."""
+    kept, select = [], Pruner.select
+
+    def selected(pruner, step):
+        widths = select(pruner, step)
+        kept.append([mlp.keep if mlp.keep is None else mlp.keep.tolist() for mlp in pruner.mlps])
+        return widths
+
+    in_double(patch)
+    patch.setattr(data, "load", load_once)
+    patch.setattr(Pruner, "select", selected)
+    patch.setitem(METHODS, "wanda", WANDA)
+    return kept
+
+
+def make(run, kept, out):
+    """The run in the folder `out`, and which neurons each step keeps in a file beside it."""
     kept.clear()
-    train.run(train.parse([*words, "--method", *run.split(), "--out", f"two-{number}"]))
-    torch.save(kept, f"kept-{number}-{train.PROCESS}.pt")
-"""
+    train.run(train.parse([*FLAGS.split(), "--out", out, "--method", *run.split()]))
+    torch.save(kept, f"{out}.kept{train.PROCESS}")
 
 
-def torchrun(script, *words, **how):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), *words]
-    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"},
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **how)
+def torchrun(victim, *runs):
+    """Two processes make the runs, and one is killed in the last of them. Returns their output."""
+    command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2".split()]
+    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parents[1]))
+    job = subprocess.run([*command, __file__, str(victim), *runs], env=env, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert job.returncode and all(Path(f"{run}.kept1").exists() for run in runs[:-1]), job.stdout
+    return job.stdout
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where two processes have made every run in RUNS."""
+    """Where two processes have made every run in RUNS, and process 1 was killed in `killed-1`."""
     folder = tmp_path_factory.mktemp("two")
-    torch.manual_seed(1)
-    GPT(GPTConfig(vocab_size=257, n_positions=128, n_embd=16, n_layer=2, n_head=2)).save_pretrained(folder / "small")
-    (folder / "runs.py").write_text(SCRIPT)
-    job = torchrun("runs.py", " ".join(WORDS), *RUNS, cwd=folder)
-    output, _ = job.communicate(timeout=240)
-    assert job.returncode == 0, output
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        save_small("small")
+        Path("output").write_text(torchrun(1, *RUNS, "topv --out killed-1"))
     return folder
 
 
-def assert_same_weights(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5, msg=name)
-
-
-@pytest.mark.parametrize("number", range(len(RUNS)), ids=RUNS)
-def test_two_processes_keep_the_same_neurons_at_every_step(folder, number):
-    first, second = (torch.load(folder / f"kept-{number}-{process}.pt") for process in (0, 1))
-    assert first == second and len(first) == 31  # once more after the last step
-    assert RUNS[number] == "none" or any(len(keep or "many") < 64 for keep in first[-1])
-
-
-@pytest.mark.parametrize("number", [number for number, run in enumerate(RUNS) if run != "gum"])
-def test_two_processes_make_the_run_of_one(folder, number, monkeypatch):
+@pytest.fixture(autouse=True)
+def kept(folder, monkeypatch):
+    """Which neurons each step keeps of what runs in this process, next to what two have made."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(data, "load", load_once)
-    train.run(train.parse([*WORDS, "--method", *RUNS[number].split(), "--out", f"one-{number}"]))
-    ours, theirs = (load_file(f"{name}-{number}/model.safetensors") for name in ("two", "one"))
-    assert_same_weights(ours, theirs)
-    losses = [[line.split('"loss": ')[1].split(",")[0] for line in Path(f"{name}-{number}/log.jsonl").open()]
-              for name in ("two", "one")]
-    assert len(losses[0]) == len(losses[1])
-    assert [float(x) for x in losses[0]] == pytest.approx([float(x) for x in losses[1]], abs=1e-5)
+    return prepare(monkeypatch)
 
 
-def test_two_processes_make_gum_with_the_mean_of_their_uniqueness(folder, monkeypatch):
-    # One process that keeps a running similarity for each half of the batch, and uses the mean of the two U.
-    monkeypatch.chdir(folder)
-    model = GPT.from_pretrained("small")
-    pruner = Pruner(model, "gum", 0.25, 30)
-    grams = [[C.clone() for C in pruner.gram] for _ in range(2)]
-    args = train.resolve(train.parse([*WORDS, "--method", "gum"]))
-    optimizer = prune.make_optimizer(model, pruner, args)
-    train_data = data.load("stdlib", "train", 257, 32)
-    for step in range(1, 31):
-        pruner.select(step)
+def assert_same(out, expected):
+    assert_same_weights(out, expected, 1e-9)
+    ours, theirs = ([json.loads(line)["loss"] for line in Path(run, "log.jsonl").open()]
+                    for run in (out, expected))
+    assert ours == pytest.approx(theirs, rel=0, abs=1e-9)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_two_processes_make_the_run_of_one_and_cutting_a_batch_up_changes_nothing(run, kept):
+    same = RUNS[run]
+    if same.startswith("1") and not Path(same).exists():
+        make(same[2:], kept, same)
+    ours, also = (torch.load(f"{run}.kept{process}") for process in (0, 1))
+    assert ours == also == torch.load(f"{same}.kept0")
+    assert len(ours) == STEPS + 1 and (ours[-1] == [None, None]) == (run == "none")
+    assert_same(run, same)
+
+
+def test_two_processes_make_gum_with_the_mean_of_their_uniqueness():
+    # One process with a C for each half of the batch. The scores' gradient is linear in U, so the
+    # mean of both gradients is that of the mean U.
+    args = train.resolve(train.parse([*FLAGS.split(), "--method", "gum"]))
+    model = train.load_model("small", args)
+    first, second = pruners = [Pruner(model, "gum", 0.25, STEPS) for _ in range(2)]
+    second.scores = first.scores
+    optimizer = train.make_optimizer(model, first, args)
+    train_data = data.load("stdlib", "train", 257, 32, None, None)
+    for step in range(1, STEPS + 1):
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * prune.lr_factor(step, 30)
+            group["lr"] = group["peak"] * lr_factor(step, STEPS)
         idx, targets, _ = train_data.batch(train.batch_indices(step, len(train_data), 8, 0))
-        penalties, scale = [], pruner.gram_scale
-        for half, pruner.gram in enumerate(grams):
-            pruner.gram_scale = scale
-            rows = slice(4 * half, 4 * half + 4)
-            with pruner.observing():
-                logits, _ = model(idx[rows])
-            penalties.append(pruner.uniqueness_penalty.clone())
-            (F.cross_entropy(logits.flatten(0, 1), targets[rows].flatten()) / 2).backward()
-        assert not penalties[0].equal(penalties[1])
-        pruner.uniqueness_penalty.copy_((penalties[0] + penalties[1]) / 2)
-        pruner.score_gradient(step)
+        for pruner, ids, asked in zip(pruners, idx.split(4), targets.split(4)):
+            pruner.select(step)
+            with pruner.recording():
+                logits = model(ids)[0].flatten(0, 1)
+            (F.cross_entropy(logits, asked.flatten()) / 2).backward()
+        first.update(step)
+        gradient = first.scores.grad.clone()
+        second.update(step)
+        assert not gradient.equal(first.scores.grad)
+        first.scores.grad.add_(gradient).div_(2)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    pruner.select(30)
-    prune.shrink(model).save_pretrained("reference")
-    assert_same_weights(load_file("two-5/model.safetensors"), load_file("reference/model.safetensors"))
+    first.select(STEPS)
+    shrink(model).save_pretrained("reference")
+    assert_same_weights("gum", "reference", 1e-9)
 
 
-def workers(job):
-    """The processes that torchrun has started, by their rank."""
-    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    environments = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children}
-    return {rank: int(pid) for pid, words in environments.items() for rank in (0, 1) if b"RANK=%d" % rank in words}
-
-
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux to find the processes")
-@pytest.mark.parametrize("victim", [0, 1])
-def test_killing_one_process_ends_the_job_and_leaves_a_checkpoint_to_go_on_from(folder, victim, monkeypatch):
-    monkeypatch.chdir(folder)
-    out = f"killed-{victim}"
-    words = [*WORDS, "--method", "topv", "--steps", "400", "--checkpoint-every", "10", "--out", out]
-    job = torchrun(ROOT / "train.py", *words)
-    deadline = time.monotonic() + 90
-    while not Path(out, "checkpoint.pt").exists():
-        assert time.monotonic() < deadline and job.poll() is None
-        time.sleep(0.01)
-    os.kill(workers(job)[victim], signal.SIGKILL)
-    output, _ = job.communicate(timeout=90)
-    assert job.returncode != 0
-    assert not Path(out, "metrics.json").exists()
-    assert 10 <= torch.load(Path(out, "checkpoint.pt"), weights_only=True)["step"] < 400
-    if victim == 1:
+def test_when_one_process_dies_the_job_ends_and_goes_on_from_a_checkpoint(kept):
+    def saved(out, output):
         assert "another process of this job is gone" in output and "--resume" in output
-        for more in (["--resume"], ["--out", "whole"]):
-            job = torchrun(ROOT / "train.py", *words, *more)
-            output, _ = job.communicate(timeout=90)
-            assert job.returncode == 0, output
-        found, expected = (load_file(Path(name, "model.safetensors")) for name in (out, "whole"))
-        assert all(found[name].equal(expected[name]) for name in expected)
+        assert not Path(out, "metrics.json").exists()
+        return torch.load(Path(out, "checkpoint.pt"), weights_only=True)["progress"]["step"]
+
+    # If process 0 is left, it saves the last step that both have finished.
+    assert saved("killed-1", Path("output").read_text()) in (DEATH - 1, DEATH)
+    output = torchrun(0, "topv --out killed-1 --resume", "topv --out killed-0")
+    assert saved("killed-0", output) == SAVED
+    make("topv --out killed-0 --resume", kept, "alone")  # as one process
+    assert_same("killed-0", "topv")
+    assert_same("killed-1", "topv")
+
+
+if __name__ == "__main__":  # one of the processes that torchrun launches
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, to those left: let them say why
+    patch = pytest.MonkeyPatch()
+    kept = prepare(patch)
+    train.join_processes(train.parse(FLAGS.split()))
+    victim, *runs, last = sys.argv[1:]
+    for run in runs:
+        make(run, kept, run)
+    if int(victim) == train.PROCESS:
+        hook(patch, *STEP, DEATH, None, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    train.join_processes = lambda _: None  # it has
+    sys.argv = ["train.py", *FLAGS.split(), "--method", *last.split()]
+    try:
+        train.main()
+    except SystemExit as failed:
+        os._exit(failed.code)  # torch may be waiting for the other process for ever

@@ -43,6 +43,7 @@ def load_once(*args, real=data.load):
 
 def save_small(folder, **how):
     """A byte-level GPT-2 with two layers of 64 neurons."""
+    torch.manual_seed(1)
     config = dict(vocab_size=257, n_positions=128, n_embd=16, n_layer=2, n_head=2) | how
     GPT(GPTConfig(**config)).save_pretrained(folder)
 
@@ -52,7 +53,6 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     """Every test runs where nothing else is, next to the model `small`; data are read once."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "load", load_once)
-    torch.manual_seed(1)
     save_small("small")
 
 
