@@ -227,7 +227,7 @@ class Pruner(nn.Module):
             if layer in self.fading:  # once a step, from however many micro-batches h comes
                 C *= 1 - self.lambda_sim
                 self.fading.remove(layer)
-            C[self.kept(layer, 2)] += self.lambda_sim * (h.T @ h)
+            C[self.kept(layer, 2)] += self.lambda_sim * (h.T @ h).to(C.dtype)
         if self.method.measure is not None:
             sums = self.sums[:-1].split(self.widths)[layer]  # [m]
             sums[self.kept(layer)] += self.method.measure(h.to(sums.dtype)).sum(0)
@@ -250,7 +250,7 @@ class Pruner(nn.Module):
         if self.method.measure is not None:
             if dist.is_initialized():
                 dist.all_reduce(self.sums)
-            self.measured.lerp_(self.sums[:-1] / self.sums[-1], self.lambda_sim)
+            self.measured.lerp_(self.sums[:-1] / self.sums[-1].clamp(min=1), self.lambda_sim)
             self.sums.zero_()
         if not self.method.learned:
             return
@@ -337,10 +337,9 @@ class HeadLoss(torch.autograd.Function):
 
 @torch.no_grad()
 def shrink(model, multiple_of=1):
-    """Make the pruned widths real, in place, and return the model. Parameters are replaced, so
-    training on takes a new optimizer. `multiple_of` rounds every width up with zero neurons, for
-    devices that are faster so; the model computes the same.
-    """
+    """Make the pruned widths real, in place, and return the model. Its parameters are new: training
+    on takes a new optimizer. `multiple_of` rounds widths up with zero neurons, for devices that are
+    faster so; the model computes the same."""
     widths = []
     for mlp in (block.mlp for block in model.h):
         w1, b1, w2 = mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight  # [m, d] [m] [d, m]
