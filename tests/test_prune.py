@@ -18,7 +18,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 import data
 import prune
@@ -318,11 +317,6 @@ def test_uniqueness_is_a_switch_of_its_own(method, lambda_gum, scope):
     assert comebacks(kept) > 0
 
 
-def test_gum_without_uniqueness_is_global_hard_movement():
-    gum = trained("gum", make_batches(20), lambda_gum=0.0)
-    assert_same(gum, trained("topv", make_batches(20), scope="global"), atol=0)
-
-
 def test_magnitude_lets_a_neuron_back_in_when_a_kept_one_shrinks_below_it():
     kept = assert_same_training("magnitude", make_batches(60), 0.5, scope="global",
                                 weight_decay=5.0)
@@ -483,23 +477,11 @@ def test_soft_movement_falls_back_on_the_best_where_too_few_are_above():
     assert kept_neurons(model) == [[4, 7, 9, 12], [0, 1, 2], [0, 1, 2, 3, 4]]
 
 
-def test_soft_movement_may_leave_more_than_wanted():
-    above = [list(range(1, 16, 2)), [0, 1, 2, 11], list(range(20))]  # all equal: all stay
-    pruner, model = pruned_to(above)
-    assert kept_neurons(model) == above and pruner.select(10) == [8, 4, 20]
-
-
 def test_soft_movement_keeps_only_what_is_strictly_above():
     assert scored("soft", 0.25, tau=0.5)[0].select(10) == [4, 3, 5]  # sigmoid(0) is 0.5
 
 
 # The scores.
-
-
-def test_learned_scores_start_at_zero():
-    for method in LEARNED:
-        scores = Pruner(make_model(), method, 0.5, 10).scores
-        assert scores.shape == (N,) and not scores.any()
 
 
 def test_magnitude_is_the_norm_of_the_group():
@@ -515,16 +497,6 @@ def test_magnitude_is_the_norm_of_the_group():
     assert pruner.scores[:3].tolist() == pytest.approx([13, 2, math.sqrt(2)], rel=1e-12)
 
 
-def test_magnitude_is_taken_anew_at_every_step():
-    model = make_model(widths=(4,))
-    pruner, fc = Pruner(model, "magnitude", 0.25, 10), model.h[0].mlp.c_fc
-    for j in (3, 1):
-        fc.weight.data[j] *= 100
-        pruner.select(10)
-        assert kept_neurons(model) == [[j]]
-        fc.weight.data[j] /= 100
-
-
 def test_random_scores_are_uniform_follow_the_seed_and_never_change():
     scores = Pruner(make_model(widths=(2000, 2000)), "random", 0.25, 10, seed=5).scores
     assert 0 <= scores.min() and scores.max() <= 1
@@ -536,28 +508,6 @@ def test_random_scores_are_uniform_follow_the_seed_and_never_change():
     go_on(a, make_batches(30))
     assert torch.equal(a.scores, b.pruner.scores) and a.scores.grad is None
     assert not a.scores.requires_grad and comebacks(a.kept) == 0
-
-
-def test_a_pruned_neuron_feels_the_regulariser_and_nothing_else():
-    model = make_model()
-    pruner = Pruner(model, "gum", 0.25, 20, lambda_mvp=3.0)
-    pruner.scores.data.normal_(generator=torch.Generator().manual_seed(3))
-    pruner.select(20)
-    idx, targets, _ = make_batches(1)[0]
-    with pruner.recording():
-        logits, _ = model(idx)
-    F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
-    pruner.update(20)
-    sigmoid = 1 / (1 + torch.exp(-pruner.scores.detach()))
-    alone = (3.0 / N * sigmoid * (1 - sigmoid)).split(WIDTHS)  # lambda_t = lambda_mvp v / v, U = 0
-    grads = pruner.scores.grad.split(WIDTHS)
-    for block, kept, grad, regulariser in zip(model.h, kept_neurons(model), grads, alone):
-        pruned = [j for j in range(len(grad)) if j not in kept]
-        fc, proj = block.mlp.c_fc, block.mlp.c_proj
-        assert not fc.weight.grad[pruned].any() and not fc.bias.grad[pruned].any()
-        assert not proj.weight.grad[:, pruned].any()
-        torch.testing.assert_close(grad[pruned], regulariser[pruned], rtol=0, atol=1e-15)
-        assert ((grad - regulariser)[kept].abs() > 1e-6).all()
 
 
 def test_the_regulariser_is_equation_4():
@@ -705,11 +655,3 @@ def test_a_shrunk_model_skips_nothing_and_trains_on():
     assert kept_neurons(model) == [[], [0, 1], []]
     run = go_on(begin("none", 10, 1.0, model), make_batches(1) * 10)
     assert run.losses[-1] < run.losses[0]
-
-
-def test_a_shrunk_model_fits_a_fresh_model_of_its_configuration():
-    model = prune.shrink(pruned_to(SETS["some"])[1])
-    fresh = GPT(model.config).double()
-    fresh.load_state_dict(model.state_dict())
-    idx, _, _ = make_batches(1)[0]
-    assert torch.equal(fresh(idx)[0], model(idx)[0])
