@@ -205,7 +205,7 @@ class GPT(nn.Module):
     def compile_blocks(self):
         """Have torch.compile make kernels for the blocks, for any number of neurons."""
         # Kernels of all blocks, with and without windows, pruning, gradients, recording:
-        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.cache_size_limit = 64
         torch._dynamo.config.optimize_ddp = False  # cuts up graphs; a block is small enough
         for block in self.h:
             block.compile(dynamic=True)

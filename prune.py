@@ -178,7 +178,7 @@ class Pruner(nn.Module):
             measured = self.measured.split(self.widths)
             self.scores.copy_(torch.cat(list(map(self.method.score, self.mlps, measured))))
         v_t, progress = v_at(step, self.steps, self.leftover), 1 - cubic(step, self.steps)
-        if (progress == 0 if self.method.threshold else v_t == 1):  # all stay: nothing to wait for
+        if v_t == 1 and not (self.method.threshold and progress):  # all stay: nothing to wait for
             for mlp in self.mlps:
                 mlp.keep = None
             return self.widths
@@ -209,8 +209,8 @@ class Pruner(nn.Module):
             for mlp in self.mlps:
                 mlp.record = None
 
-    def kept(self, layer, dimensions=1):
-        """What picks the kept neurons from a tensor [m], or from one [m, m]."""
+    def at(self, layer, dimensions=1):
+        """Where the kept neurons are in a tensor [m], or one [m, m]; ... is everywhere."""
         keep = self.mlps[layer].keep
         if keep is None:
             return ...
@@ -227,18 +227,18 @@ class Pruner(nn.Module):
             if layer in self.fading:  # once a step, from however many micro-batches h comes
                 C *= 1 - self.lambda_sim
                 self.fading.remove(layer)
-            C[self.kept(layer, 2)] += self.lambda_sim * (h.T @ h).to(C.dtype)
+            C[self.at(layer, 2)] += self.lambda_sim * (h.T @ h).to(C.dtype)
         if self.method.measure is not None:
             sums = self.sums[:-1].split(self.widths)[layer]  # [m]
-            sums[self.kept(layer)] += self.method.measure(h.to(sums.dtype)).sum(0)
+            sums[self.at(layer)] += self.method.measure(h.to(sums.dtype)).sum(0)
             self.sums[-1] += len(h) * (layer == 0)
 
     def uniqueness(self):
         """U_j = 1/N_left sum over i != j of |sim(h_j, h_i)| (section 4), 0 for a pruned j. [N]"""
         U = torch.zeros_like(self.scores)
         for layer, (C, of_layer) in enumerate(zip(self.C, U.split(self.widths))):
-            sim = similarity(C[self.kept(layer, 2)])  # [k, k]
-            of_layer[self.kept(layer)] = sim.sum(1) / max(len(sim), 1)
+            sim = similarity(C[self.at(layer, 2)])  # [k, k]
+            of_layer[self.at(layer)] = sim.sum(1) / max(len(sim), 1)
         if self.C and dist.is_initialized():  # each process has a C of its own: their mean U counts
             dist.all_reduce(U)
             U /= dist.get_world_size()
@@ -254,6 +254,7 @@ class Pruner(nn.Module):
             self.sums.zero_()
         if not self.method.learned:
             return
+        # The penalty follows the schedule, as in the released code.
         if self.method.threshold:
             lambda_t = self.lambda_mvp * (1 - cubic(step, self.steps))  # tau_t / tau
         else:

@@ -16,7 +16,7 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -128,13 +128,8 @@ def train(args, steps, model, teacher, train_data, val_data, checkpoint, stop):
             batch, seed = train_data.batch(indices), 1_000_003 * args.seed + step
             micro_batches = data.micro_batches(batch, args.device, args.accumulate, PROCESS,
                                                PROCESSES, args.sim_tokens, seed)
-            try:
-                widths, loss, norm = fine_prune(parallel, pruner, optimizer, micro_batches, step,
-                                                args, teacher)
-            except RuntimeError:  # another process is gone, before this step changed a weight
-                if PROCESSES > 1 and step > 1:
-                    save(folder, progress, parts)
-                raise
+            widths, loss, norm = fine_prune(parallel, pruner, optimizer, micro_batches, step, args,
+                                            teacher)
             progress.step, progress.since = step, progress.since + 1
             progress.loss += loss
             progress.norm += norm
@@ -153,8 +148,8 @@ def train(args, steps, model, teacher, train_data, val_data, checkpoint, stop):
                                   leftover=sum(widths) / max(sum(pruner.widths), 1),
                                   lr=optimizer.param_groups[0]["lr"])
                     if evaluates and PROCESS == 0:
-                        loss = measure.mean_loss(model, val_data, autocast_of(args), most=64)
-                        record["val_loss"] = loss
+                        val_loss = measure.mean_loss(model, val_data, autocast_of(args), most=64)
+                        record["val_loss"] = val_loss
                         model.train()
                     log(folder, progress, record, bar)
                 if saves:
@@ -164,7 +159,7 @@ def train(args, steps, model, teacher, train_data, val_data, checkpoint, stop):
             if stopping and not last:
                 raise KeyboardInterrupt(f"stopped after step {step} of {steps}, which is saved in "
                                         f"{folder / 'checkpoint.pt'}")
-    pruner.select(steps)  # for a run that was resumed after its last step
+    pruner.select(steps)  # the final choice, also of a run that was resumed after its last step
     return progress
 
 
@@ -192,9 +187,9 @@ def check_finite(progress, args):
     """Fetch loss and norm from the device; FloatingPointError if one is not a number."""
     progress.loss, progress.norm = float(progress.loss), float(progress.norm)
     if not math.isfinite(progress.loss + progress.norm):
-        raise FloatingPointError(f"the loss is no longer a finite number at step {progress.step}; "
-                                 f"the checkpoint of step {progress.saved} is kept; try less than "
-                                 f"--lr {args.lr:g}")
+        kept = f"; the checkpoint of step {progress.saved} is kept" * (progress.saved > 0)
+        raise FloatingPointError(f"the loss is no longer a finite number at step {progress.step}"
+                                 f"{kept}; try less than --lr {args.lr:g}")
 
 
 # A run's folder holds settings.json, log.jsonl and checkpoint.pt; at its end config.json,
@@ -203,7 +198,7 @@ def check_finite(progress, args):
 
 
 def save(folder, progress, parts):
-    """Write the checkpoint, whole or not at all."""
+    """Write the checkpoint, whole or not at all; of several processes', with the C of 0."""
     progress.saved = progress.step
     if PROCESS == 0:
         progress.loss, progress.norm = float(progress.loss), float(progress.norm)
@@ -241,9 +236,9 @@ def log(folder, progress, record, bar):
 
 
 def settings_of(args):
-    """What decides the result: not where and how often it is written."""
-    return {name: value for name, value in vars(args).items()
-            if name not in ("out", "resume", "checkpoint_every")}
+    """What decides the result: not where and how often something is written."""
+    return {name: value for name, value in vars(args).items() if name not in
+            ("out", "resume", "checkpoint_every", "log_every", "eval_every")}
 
 
 def check_folder(args):
@@ -252,7 +247,7 @@ def check_folder(args):
     out = Path(args.out)
     found = measure.read_run(out) if out.is_dir() else None
     state = found.state if found else "new"
-    if state == "new" and out.exists() and not (found and set(os.listdir(out)) <= {LOCK}):
+    if state == "new" and out.exists() and not (found and set(os.listdir(out)) <= {".lock"}):
         raise ValueError(f"{out} exists and is no run's folder: name another with --out")
     if args.resume:
         if state == "new":
@@ -270,19 +265,17 @@ def check_folder(args):
     return "new"
 
 
-LOCK = ".lock"
-
-
 @contextmanager
 def locked(folder, wait):
     """Keep other processes from making the same run; the lock ends with this one."""
     try:
-        with FileLock(folder / LOCK, timeout=-1 if wait else 0):
+        with FileLock(folder / ".lock", timeout=-1 if wait else 0):
             yield
     except Timeout as error:
         taken = f"another process is at work in {folder}: wait, or name another --out"
         raise ValueError(taken) from error
-    (folder / LOCK).unlink(missing_ok=True)  # the run is finished: nobody will make it again
+    with suppress(OSError):  # on Windows, while another process waits for it
+        (folder / ".lock").unlink()  # the run is finished: nobody will make it again
 
 
 def dense_run(args, flags):
@@ -569,7 +562,7 @@ def resolve(flags):
         usual |= dict.fromkeys(FLAGS["pruning"]) | dict(leftover=1.0)
     if not distill:
         usual |= dict.fromkeys(FLAGS["distillation"]) | dict(distill=False)
-    fast = device != "cpu" and torch.cuda.is_bf16_supported()
+    fast = device != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False)
     usual["dtype"] = "bfloat16" if fast else "float32"
     args = SimpleNamespace(**usual | given)
     if args.out is None:
