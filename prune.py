@@ -254,7 +254,7 @@ class Pruner(nn.Module):
             self.sums.zero_()
         if not self.method.learned:
             return
-        # The penalty follows the schedule, as in the released code.
+        # The penalty's weight follows the schedule.
         if self.method.threshold:
             lambda_t = self.lambda_mvp * (1 - cubic(step, self.steps))  # tau_t / tau
         else:

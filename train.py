@@ -2,8 +2,8 @@
 
 In order: a step of fine-pruning, the loop around it, what a run keeps in its folder, a whole run
 and its closing table, the flags. The order of the data is a function of the seed and the step, and
-nothing else is random: so an interrupted run (of one process) goes on bit for bit as if it had not
-been interrupted.
+nothing else is random: an interrupted run (of one process) goes on as if it had not been, bit for
+bit.
 """
 
 import argparse
