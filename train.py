@@ -2,8 +2,7 @@
 
 In order: a step of fine-pruning, the loop around it, what a run keeps in its folder, a whole run
 and its closing table, the flags. The order of the data is a function of the seed and the step, and
-nothing else is random: an interrupted run (of one process) goes on as if it had not been, bit for
-bit.
+nothing else is random: an interrupted run (of one process) goes on as if it had not been.
 """
 
 import argparse
@@ -159,7 +158,7 @@ def train(args, steps, model, teacher, train_data, val_data, checkpoint, stop):
             if stopping and not last:
                 raise KeyboardInterrupt(f"stopped after step {step} of {steps}, which is saved in "
                                         f"{folder / 'checkpoint.pt'}")
-    pruner.select(steps)  # the final choice, also of a run that was resumed after its last step
+    pruner.select(steps)  # the final choice, also if nothing was left to do
     return progress
 
 
