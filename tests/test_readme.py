@@ -30,26 +30,17 @@ def python(*words, cwd):
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def copied(tmp_path_factory):
-    """A folder with the program and a small model, and nothing else."""
-    folder = tmp_path_factory.mktemp("copy")
-    (folder / "results").mkdir()
+@pytest.fixture
+def forked(tmp_path):
+    """A copy of the program with README's diff applied, and a small model."""
+    (tmp_path / "results").mkdir()
     for file in FILES:
-        shutil.copy(ROOT / file, folder / file)
-    GPT(GPTConfig(vocab_size=257, n_positions=128, n_embd=16, n_layer=2, n_head=2)
-        ).save_pretrained(folder / "small")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def forked(copied, tmp_path_factory):
-    """The same with README's diff applied."""
-    folder = tmp_path_factory.mktemp("fork") / "copy"
-    shutil.copytree(copied, folder)
+        shutil.copy(ROOT / file, tmp_path / file)
     [diff] = blocks("diff")
-    subprocess.run(["git", "apply", "-"], cwd=folder, input=diff, text=True, check=True)
-    return folder
+    subprocess.run(["git", "apply", "-"], cwd=tmp_path, input=diff, text=True, check=True)
+    config = GPTConfig(vocab_size=257, n_positions=128, n_embd=16, n_layer=2, n_head=2)
+    GPT(config).save_pretrained(tmp_path / "small")
+    return tmp_path
 
 
 def test_the_new_method_takes_at_most_twelve_lines_of_one_file():
