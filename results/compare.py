@@ -151,7 +151,7 @@ def draw(path, panels, styles):
     for (_, y_label), ax in peers.items():
         if y_label.startswith("share"):  # bars may reach beyond what a share can be
             ax.set_ylim(0, min(1.03, ax.get_ylim()[1]))
-    columns = max(1, min(6, 100 // (6 + max(map(len, handles)))))  # of what fits side by side
+    columns = max(1, min(6, 100 // (6 + max(map(len, handles), default=0))))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
     path.parent.mkdir(parents=True, exist_ok=True)
     for suffix in ("png", "pdf"):
