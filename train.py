@@ -277,7 +277,7 @@ def locked(folder, wait):
         (folder / ".lock").unlink()  # the run is finished: nobody will make it again
 
 
-def dense_run(args, flags):
+def dense_for(args, flags):
     """The folder of the dense run of the same data, model and seed, or of another like it that is
     finished, and the flags that make it: the same but for pruning."""
     without = dict.fromkeys([*FLAGS["pruning"], *FLAGS["distillation"], "out", "resume"])
@@ -306,7 +306,7 @@ def run(flags, implied=False):
         raise ValueError(f"--accumulate {args.accumulate} on {PROCESSES} processes is more than "
                          f"--batch-size {args.batch_size}")
     out, tiny = Path(args.out), args.model == "tiny"
-    dense, dense_flags = dense_run(args, flags)
+    dense, dense_flags = dense_for(args, flags)
     state, has_dense = told_by_first(
         lambda: (check_folder(args), (dense / "metrics.json").exists()))
     if state == "finished":
