@@ -321,8 +321,9 @@ def test_a_killed_distilled_tiny_run_resumes_even_if_killed_in_its_dense_run():
         assert_same_run(path, path.name + "-whole")
 
 
-HANGS = """import sys, data, pytest, train
+HANGS = """import os, sys, torch, data, pytest, train
 from test_train import STEP, hook, load_once
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 data.load = load_once
 hook(pytest.MonkeyPatch(), *STEP, 7, lambda _: print("hangs", flush=True) or sys.stdin.read())
 train.main()"""
