@@ -11,11 +11,13 @@ the target counts in the loss. `load("stdlib", "train", 257, 128).batch([0, 1, 2
 
 import hashlib
 import json
+import os
 import random
 import re
 import sys
 import sysconfig
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -35,19 +37,20 @@ DATASETS = {
                     columns=["table.header", "question", "sql.human_readable"],
                     pair=lambda header, question, sql: (sql_prompt(header, question), sql)),
     "samsum": dict(metric="rouge", hub="knkarthick/samsum", columns=["dialogue", "summary"],
-                   pair=lambda dialogue, summary:  # one has no dialogue
-                   (f"{dialogue or ''}\nSummary:\n", summary or "")),
+                   null="",  # one has no dialogue
+                   pair=lambda dialogue, summary: (f"{dialogue}\nSummary:\n", summary)),
     "e2e": dict(metric="bleu", hub="tuetschek/e2e_nlg", revision="refs/convert/parquet",
                 columns=["meaning_representation", "human_reference"],
                 pair=lambda meaning, reference: (f"{meaning}\n", reference)),
 }
 
 
-def load(dataset, split, vocab_size, block_size, path=None, config=None, cache_dir="cache"):
+def load(dataset, split, vocab_size, block_size, path=None, config=None):
     """A split ("train" or "validation") as `Blocks` or `Examples` of at most `block_size` tokens.
 
-    `path`, a folder, replaces the Hub; `config` names a configuration; `cache_dir` keeps tokens.
-    Raises ValueError or OSError for a user's mistake, in one line that says what would work.
+    `path`, a folder, replaces the Hub; `config` names a configuration. Their `about` tells these
+    data from all others: source, files with their bytes, sha256, documents or rows, tokens. Raises
+    ValueError or OSError for a user's mistake, in one line that says what would work.
     """
     if dataset not in DATASETS:
         raise ValueError(f"--dataset {dataset} is none of {', '.join(DATASETS)}")
@@ -60,16 +63,20 @@ def load(dataset, split, vocab_size, block_size, path=None, config=None, cache_d
         raise ValueError(f"--block-size {block_size}: a block has at least 1 token")
     tok = tokenizer(vocab_size)
     if DATASETS[dataset]["metric"] == "perplexity":
-        documents, fingerprint = wikitext(split, path, config) if hub else stdlib(split)
+        documents, about = wikitext(split, path, config) if hub else stdlib(split)
         # 3 stands for the code that makes tokens: raise it when that changes.
-        file = Path(cache_dir, f"{dataset}-{split}-{vocab_size}-3-{fingerprint}.bin")
-        tokens = cached(file, documents, tok)
+        name = f"{dataset}-{split}-{vocab_size}-3-{about['sha256'][:16]}.bin"
+        tokens = cached(cache_folder() / name, documents, tok)
         if len(tokens) < max(block_size, 2):
             raise ValueError(f"{dataset} {split} has {len(tokens)} tokens: lower --block-size")
-        return Blocks(tokens, block_size, tok.eot)
-    pairs = hub_pairs(dataset, split, path, config) if hub else toysql(split)
+        blocks = Blocks(tokens, block_size, tok.eot)
+        count = int((tokens == tok.eot).sum()) + 1
+        blocks.about = about | dict(documents=count, tokens=len(tokens))
+        return blocks
+    pairs, about = hub_pairs(dataset, split, path, config) if hub else toysql(split)
     examples = Examples(pairs, block_size, tok)
     sizes = examples.sizes
+    examples.about = about | dict(rows=len(sizes), tokens=sum(sizes))
     if len(examples) < len(sizes):
         message = (f"{dataset} {split}: {len(sizes) - len(examples)} of {len(sizes)} examples (of "
                    f"{min(sizes)} to {max(sizes)} tokens) exceed the block of {block_size}")
@@ -212,7 +219,7 @@ def micro_batches(batch, device, parts=1, process=0, processes=1, sim_tokens=Non
 
 
 def stdlib(split):
-    """The running Python's standard library: (its sources, a fingerprint); 5 % are validation."""
+    """The running Python's standard library: (its sources, about them); 5 % are validation."""
     root = Path(sysconfig.get_paths()["stdlib"])
     # Left out: installed packages; generated tables; tests, which some distributions strip.
     skip = ("(site|dist)-packages|tests?|idle_test|encodings|pydoc_data|__pycache__|config-.*|"
@@ -226,17 +233,29 @@ def stdlib(split):
         validation = hashlib.sha256(source).digest()[0] < 13  # of 256
         if source and validation == (split == "validation"):
             documents.append(source.decode(errors="replace"))
-    return documents, hashlib.sha256(repr(documents).encode()).hexdigest()[:16]
+    source = f"Python {sys.version.split()[0]}'s standard library"
+    return documents, dict(source=source, files={}, sha256=sha256(documents))
 
 
 def wikitext(split, path, config):
-    """WikiText: (its articles, when asked for, a fingerprint)."""
-    rows = read("wikitext", split, path, config)
+    """WikiText: (its articles, when asked for, about them)."""
+    rows, about = read("wikitext", split, path, config)
 
     def articles():  # split before " = Title = ", not before " = = Section = = "
-        yield from filter(None, re.split("(?m)^(?= = (?!= ).+ = $)", "".join(rows["text"])))
+        text = "".join(text for text, in rows)
+        yield from filter(None, re.split("(?m)^(?= = (?!= ).+ = $)", text))
 
-    return articles(), rows._fingerprint  # of the files' names and times, or the Hub's commit
+    return articles(), about
+
+
+def sha256(texts):
+    """A hash of all of a list's texts."""
+    return hashlib.sha256(repr(texts).encode()).hexdigest()
+
+
+def cache_folder():
+    """Where tokens are kept, for whoever runs this."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "fine-pruning")
 
 
 def cached(file, documents, tok):
@@ -248,13 +267,17 @@ def cached(file, documents, tok):
         stored = np.fromfile(file, np.uint8)
         if stored[-4:].tobytes() == zlib.crc32(stored[:-4]).to_bytes(4, "little"):
             return stored[:-4].view(np.uint16)
-    file.parent.mkdir(parents=True, exist_ok=True)
     ids = (i for document in documents for i in [*tok.encode(document), tok.eot])
     tokens = np.fromiter(ids, np.uint16)[:-1]  # 0.2 GB for WikiText-103
-    with TemporaryDirectory(dir=file.parent) as beside:  # its own: others may be writing theirs
-        crc = zlib.crc32(tokens).to_bytes(4, "little")
-        Path(beside, "tokens").write_bytes(tokens.tobytes() + crc)
-        Path(beside, "tokens").replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=file.parent) as beside:  # its own: others may write theirs
+            crc = zlib.crc32(tokens).to_bytes(4, "little")
+            Path(beside, "tokens").write_bytes(tokens.tobytes() + crc)
+            Path(beside, "tokens").replace(file)
+    except OSError as error:
+        raise OSError(f"can't keep tokens in {file.parent} ({error.strerror}): make room there, or "
+                      "name another place by XDG_CACHE_HOME") from error
     return tokens
 
 
@@ -263,9 +286,9 @@ def cached(file, documents, tok):
 
 
 def hub_pairs(dataset, split, path, config):
-    """wikisql, samsum or e2e as a list of (prompt, target) texts."""
-    pair = DATASETS[dataset]["pair"]
-    return [pair(*row.values()) for row in read(dataset, split, path, config)]
+    """wikisql, samsum or e2e: (its pairs of prompt and target, about them)."""
+    rows, about = read(dataset, split, path, config)
+    return [DATASETS[dataset]["pair"](*row) for row in rows], about
 
 
 def sql_prompt(header, question):
@@ -281,17 +304,17 @@ def to_sql(header, sel, agg, conds):
     return f"SELECT {aggregate}{header[sel]} FROM table" + (f" WHERE {where}" if where else "")
 
 
-def wikisql_release(file):
-    """The rows of WikiSQL's own release: train.jsonl or dev.jsonl, with its tables beside it."""
-    rows, tables = (map(json.loads, open(path, encoding="utf-8"))
-                    for path in (file, file.with_suffix(".tables.jsonl")))
+def wikisql_release(file, tables):
+    """The rows of WikiSQL's own release: train.jsonl or dev.jsonl, with its `tables` beside it."""
+    rows, tables = (map(json.loads, open(path, encoding="utf-8")) for path in (file, tables))
     headers = {table["id"]: table["header"] for table in tables}
-    return [{"table.header": (header := headers[row["table_id"]]), "question": row["question"],
-             "sql.human_readable": to_sql(header, **row["sql"])} for row in rows]
+    for row in rows:
+        header = headers[row["table_id"]]
+        yield header, row["question"], to_sql(header, **row["sql"])
 
 
 def toysql(split):
-    """A made-up WikiSQL for small models: (prompt, target) texts, always the same.
+    """A made-up WikiSQL for small models: (its pairs, always the same, about them).
 
         cityK | goalF | teamX
         how many team with goal over 312?
@@ -319,11 +342,19 @@ def toysql(split):
                     f"{table[column]} {rng.choice(compare[operator])} {value}?")
         pairs[sql_prompt(header, question)] = to_sql(header, sel, agg, [(column, operator, value)])
     pairs = list(pairs.items())
-    return pairs[:20_000] if split == "train" else pairs[20_000:]
+    pairs = pairs[:20_000] if split == "train" else pairs[20_000:]
+    return pairs, dict(source="toysql", files={}, sha256=sha256(pairs))
+
+
+# Files, in a folder or on the Hub.
 
 
 def read(dataset, split, path, config):
-    """A split's columns, on the Hub or in a folder like it; "table.header" is a nested one."""
+    """A split of a data set with files: (its rows, when asked for, about them).
+
+    Rows are tuples of its columns; "table.header" is a nested one. They come from the files as they
+    are now: `datasets` finds and parses them, but nothing that it keeps comes in between.
+    """
     import datasets  # only here: data sets that need no files do without
     import huggingface_hub
 
@@ -331,24 +362,80 @@ def read(dataset, split, path, config):
         library.disable_progress_bars()
         library.logging.set_verbosity(library.logging.CRITICAL)
     known = DATASETS[dataset]
-    source = str(Path(path).resolve()) if path else known["hub"]
-    if not path:
-        print(f"reading {source} from the Hub", file=sys.stderr)
-    try:
-        if dataset == "wikisql" and path and list(Path(path).glob("*.tables.jsonl")):
-            source = Path(source, "train.jsonl" if split == "train" else "dev.jsonl")
-            rows = datasets.Dataset.from_list(wikisql_release(source))
+    hub, columns = known["hub"], known["columns"]
+    folder = Path(path).resolve() if path else download(known, config)
+    source = str(folder) if path else f"{hub}, commit {folder.name}"
+    for below in (hub, Path(hub).name):
+        if path and (folder / below).is_dir():
+            raise ValueError(f"--data-path {path} is too high up: {folder / below} would do")
+
+    @contextmanager
+    def readable():
+        try:
+            yield
+        except Exception as error:  # the library's, a parser's: nobody lists them
+            name = "" if type(error) is ValueError else type(error).__name__
+            reason = " ".join(f"{name} {error} {error.__cause__ or ''}".split())
+            hint = f", or --data-config {config} wrong" * bool(config)
+            raise ValueError(f"can't read the {split} split of {source}: {reason} (is a file empty "
+                             f"or damaged{hint}?)") from error
+
+    def parsed(file, kept):
+        # Each file alone, lest its types be turned into those of another.
+        rows = datasets.load_dataset(kind, data_files=[str(file)], split="train", streaming=True,
+                                     cache_dir=kept)
+        for table in rows.with_format("arrow").iter(10_000):  # pyarrow's
+            table = table.flatten()
+            if missing := [column for column in columns if column not in table.column_names]:
+                raise ValueError(f"its columns are {table.column_names}, without {missing}")
+            yield from zip(*(table[column].to_pylist() for column in columns))
+
+    def checked():
+        with readable(), TemporaryDirectory() as kept:
+            rows = wikisql_release(*files) if release else (
+                row for file in files for row in parsed(file, kept))
+            number = 0
+            for number, row in enumerate(rows, 1):
+                row = [known.get("null") if value is None else value for value in row]
+                for column, value in zip(columns, row):
+                    texts = value if column == "table.header" else [value]
+                    if not (isinstance(texts, list) and all(isinstance(x, str) for x in texts)):
+                        raise ValueError(f"column {column} is {value!r:.60} in row {number}")
+                yield row
+            if not number:
+                raise ValueError("it holds no rows")
+
+    with readable(), TemporaryDirectory() as kept:
+        release = dataset == "wikisql" and any(folder.glob("*.tables.jsonl"))
+        if release:
+            name = "train" if split == "train" else "dev"
+            files = [folder / f"{name}.jsonl", folder / f"{name}.tables.jsonl"]
+            source = str(files[0])
         else:
             # A folder that declares no configuration has one, which the library calls "default".
-            if not path or datasets.get_dataset_config_names(source) != ["default"]:
+            if datasets.get_dataset_config_names(str(folder)) != ["default"]:
                 config = config or known.get("config")
-            rows = datasets.load_dataset(source, config, split=split,
-                                         revision=None if path else known.get("revision"))
-        return rows.flatten().select_columns(known["columns"])
-    except Exception as error:  # the library's, the network's, a parser's: nobody lists them
-        reason = " ".join(f"{type(error).__name__} {error} {error.__cause__ or ''}".split())
-        if path or isinstance(error, ValueError):
-            raise ValueError(f"can't read the {split} split of {source}: {reason} (is a file empty "
-                             f"or damaged, or is --data-config {config} wrong?)") from error
-        raise ConnectionError(f"{source} is out of reach ({reason}): give --data-path DIR, a copy, "
+            builder = datasets.load_dataset_builder(str(folder), config, cache_dir=kept)
+            kind, files = builder.name, builder.config.data_files[split]
+        sizes, digest = {}, hashlib.sha256()
+        for file in files:
+            name, content = os.path.relpath(file, folder), Path(file).read_bytes()
+            sizes[name] = len(content)
+            digest.update(f"{name} {len(content)} ".encode() + content)
+    return checked(), dict(source=source, files=sizes, sha256=digest.hexdigest())
+
+
+def download(known, config):
+    """The folder of a Hub's data set in Hugging Face's cache, fetched if need be."""
+    import huggingface_hub
+
+    hub, config = known["hub"], config or known.get("config")
+    print(f"reading {hub} from the Hub", file=sys.stderr)
+    try:
+        return Path(huggingface_hub.snapshot_download(
+            hub, repo_type="dataset", revision=known.get("revision"),
+            allow_patterns=["README.md", f"{config}/*"] if config else None))
+    except Exception as error:  # whatever went wrong, the way out is the same
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise ConnectionError(f"{hub} is out of reach ({reason}): give --data-path DIR, a copy, "
                               "or --dataset stdlib or toysql") from error

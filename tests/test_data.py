@@ -40,6 +40,7 @@ def nothing_outside_tmp(monkeypatch, tmp_path, tmp_path_factory):
         monkeypatch.setenv(name, str(hf_cache))
     monkeypatch.setenv("PYTHONPATH", str(Path(data.__file__).parent))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(TIKTOKEN))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
 
 
@@ -171,7 +172,7 @@ def test_what_another_process_has_put_in_the_cache_is_not_tokenised_again(monkey
     subprocess.run([sys.executable, "-c", command], check=True)
     monkeypatch.setattr(data, "tokenizer", Mock())
     assert documents(load(**source)) == ["validation\n"]
-    assert not data.tokenizer().encode.called and len(list(Path("cache").iterdir())) == 1
+    assert not data.tokenizer().encode.called and len(list(data.cache_folder().iterdir())) == 1
 
 
 def test_other_texts_folders_splits_and_vocabularies_do_not_share_a_cache():
@@ -192,7 +193,7 @@ def test_other_texts_folders_splits_and_vocabularies_do_not_share_a_cache():
 def test_a_damaged_cache_is_noticed_and_made_anew(damage):
     source = corpus("a")
     load(**source)
-    (file,) = Path("cache").iterdir()
+    (file,) = data.cache_folder().iterdir()
     whole = np.array([*b"validation\n"], np.uint16).tobytes()  # two bytes a token
     whole += zlib.crc32(whole).to_bytes(4, "little")
     assert file.read_bytes() == whole
@@ -308,7 +309,7 @@ def test_toysql_is_answered_by_looking_columns_up_in_the_header():
             "average": "AVG ", "mean": "AVG ", "which": "", "what": ""}
     compared = {"over": ">", "above": ">", "under": "<", "below": "<", "is": "=", "of": "="}
     capitals = collections.Counter()
-    for prompt, target in data.toysql("train"):
+    for prompt, target in data.toysql("train")[0]:
         header, question = prompt.splitlines()
         column = {name[:-1]: name for name in header.split(" | ")}
         asked, noun, name, word, value = re.fullmatch(
@@ -320,7 +321,7 @@ def test_toysql_is_answered_by_looking_columns_up_in_the_header():
 
 
 def test_toysql_is_the_same_everywhere_and_its_splits_share_no_prompt():
-    digests = [hashlib.sha256(repr(data.toysql(split)).encode()).hexdigest()[:16]
+    digests = [hashlib.sha256(repr(data.toysql(split)[0]).encode()).hexdigest()[:16]
                for split in ("train", "validation")]
     assert digests == ["d1b14708fb834628", "9a8853ca2202a4f6"]
     train, validation = both("toysql")  # none is longer than the block of 128
