@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,14 +39,14 @@ class GPTConfig:
     def __post_init__(self):
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or not 0 < value < 2**31:
                 raise ValueError(f"{name} is {value!r}, not a whole number from 1 upwards")
         self.windows = tuple(self.windows) or (None,) * self.n_layer
         self.mlp_widths = tuple(self.mlp_widths) or (4 * self.n_embd,) * self.n_layer
         windows, widths = len(self.windows), len(self.mlp_widths)
         if not windows == widths == self.n_layer:
             raise ValueError(f"{self.n_layer} layers, {windows} windows, {widths} MLP widths")
-        if not all(isinstance(width, int) and width >= 0 for width in self.mlp_widths):
+        if not all(type(width) is int and width >= 0 for width in self.mlp_widths):
             raise ValueError(f"MLPs can't have {self.mlp_widths} neurons")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
@@ -233,6 +234,8 @@ class GPT(nn.Module):
                 raise ValueError(f"{folder}: {name} is {[*tensor.shape]}, not {[*view.shape]}")
             else:
                 view.copy_(tensor)
+                if not view.sum().isfinite():  # without a tensor of its size
+                    raise ValueError(f"{folder}: {name} holds numbers that are not finite")
         if wanted:
             raise ValueError(f"{folder}: its weights lack {', '.join(wanted)}")
         if not left.pop("lm_head.weight", model.wte.weight).float().equal(model.wte.weight):
@@ -263,12 +266,10 @@ class GPT(nn.Module):
         tensors = {f"transformer.{name}": view.contiguous() for name, view in views.items()}
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights, settings = folder / "model.safetensors.tmp", folder / "config.json.tmp"
-        safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
-        settings.write_text(json.dumps(config_to_hf(config), indent=2) + "\n")
-        shutil.copymode(settings, weights)  # safetensors' own is private
-        for path in (weights, settings):
-            os.replace(path, path.with_suffix(""))
+        with whole(folder / "config.json") as settings, whole(folder / WEIGHTS[0]) as weights:
+            settings.write_text(json.dumps(config_to_hf(config), indent=2) + "\n")
+            safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
+            shutil.copymode(settings, weights)  # safetensors' own is private
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, beams=1,
@@ -302,6 +303,24 @@ class GPT(nn.Module):
 
 # Hugging Face's file format.
 
+
+@contextmanager
+def whole(path):
+    """The name to write a file under that is to be at `path`, whole or not at all. Raises OSError,
+    and leaves nothing behind, where there is no room for it."""
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        yield beside
+        os.replace(beside, path)
+    except Exception as error:  # torch's and safetensors' own among them
+        beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.__cause__:  # told already, of another file
+            raise
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = getattr(reason, "strerror", None) or reason
+        raise OSError(f"can't write {path}: {reason}") from error
+
+
 # What config.json calls these fields of ours, and after them the width of all MLPs.
 FIELDS = ("n_positions", "n_embd", "n_layer", "n_head")
 KEYS = {"gpt2": (*FIELDS, "n_inner"),
@@ -333,7 +352,7 @@ def read_config(folder):
                          layer_norm_epsilon=float(hf.get("layer_norm_epsilon", 1e-5)))
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path}: {reason}") from error
+        raise ValueError(f"{path} is no GPT's config.json: {reason}") from error
 
 
 def config_to_hf(config):
@@ -403,9 +422,9 @@ def download(name):
     """The folder in Hugging Face's cache with the model `name` of the Hub, fetched if need be."""
     known = "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"
     parent = os.path.isdir(os.path.dirname(name))  # out/mistyped is no name on the Hub
+    missing = f"no model {name!r}: there is no such folder, and "
     if name not in known and (parent or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)):
-        raise FileNotFoundError(f"no model {name!r}: there is no such folder, and a Hub's name is "
-                                f"owner/name or one of {', '.join(known)}")
+        raise FileNotFoundError(f"{missing}a Hub's name is owner/name or one of {', '.join(known)}")
     import huggingface_hub  # comes with `datasets`
 
     try:
@@ -416,10 +435,10 @@ def download(name):
                 break
         return folder
     except huggingface_hub.errors.RepositoryNotFoundError as error:
-        raise FileNotFoundError(f"no model {name!r} on the Hub, or it is private") from error
+        raise FileNotFoundError(f"{missing}none on the Hub, or it is private") from error
     except Exception as error:  # whatever went wrong, the way out is the same
-        raise ConnectionError(f"can't get {name!r} from the Hub ({type(error).__name__}): give a "
-                              "folder, --model DIR, or use --model tiny") from error
+        raise ConnectionError(f"{missing}the Hub can't be asked for one ({type(error).__name__}): "
+                              "give a folder, --model DIR, or use --model tiny") from error
 
 
 # Generation.

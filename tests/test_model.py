@@ -357,7 +357,7 @@ def hub_cache(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name, error, message", [
-    *((name, ConnectionError, f"can't get '{name}' from the Hub .* or use --model tiny")
+    *((name, ConnectionError, f"no model '{name}': there is no such folder, and the Hub .* or use --model tiny")
       for name in ("gpt2", "EleutherAI/gpt-neo-125m")),
     *((name, FileNotFoundError, f"no model '{name}': there is no such folder, and a Hub's name is")
       for name in ("no/such/folder", "/no/such/folder", "", "owner/", "../model", "gpt5",
