@@ -6,20 +6,34 @@ nothing else is random: an interrupted run (of one process) goes on as if it had
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
 import platform
 import re
+import runpy
 import shlex
 import signal
 import sys
 import time
+import zipfile
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback, and
+    later = ("torch", "torch.nn", "torch.nn.functional", "torch.nn.parallel", "torch.nn.utils.rnn",
+             "torch.utils.checkpoint", "torch.distributed", "safetensors.torch")
+    sys.modules |= dict.fromkeys(later, MagicMock())
+    with suppress(Exception):  # mistakes in flags, which take none of these, are told
+        runpy.run_path(__file__)["parse"]()
+    for name in (*later, "data", "measure", "model", "prune"):
+        sys.modules.pop(name, None)
 
 import torch
 import torch.distributed as dist
@@ -30,7 +44,7 @@ from tqdm import tqdm
 import data
 import measure
 from measure import ABOVE_0, AT_LEAST_0, SHARE, Flag, flag_of
-from model import GPT, SHAPES, GPTConfig
+from model import GPT, SHAPES, GPTConfig, whole
 from prune import METHODS, HeadLoss, Pruner, defaults_of, lr_factor, shrink, v_at
 
 # Launched by torchrun, several train in step, each on its share of a batch; 0 alone writes.
@@ -103,7 +117,8 @@ def train(args, steps, model, teacher, train_data, val_data, checkpoint, stop):
     pruner = Pruner(model, args.method, args.leftover, steps, args.scope, args.lambda_mvp,
                     args.lambda_gum, args.lambda_sim, args.tau, args.seed)
     optimizer = make_optimizer(model, pruner, args)
-    progress = SimpleNamespace(step=0, saved=0, since=0, loss=0.0, norm=0.0, tokens=0, seconds=0.0)
+    progress = SimpleNamespace(step=0, saved=0, since=0, loss=0.0, norm=0.0, tokens=0, seconds=0.0,
+                               log=measure.log_state(b""))
     parts = dict(model=model, pruner=pruner, optimizer=optimizer)
     if checkpoint is not None:
         progress = SimpleNamespace(**checkpoint["progress"])
@@ -116,11 +131,12 @@ def train(args, steps, model, teacher, train_data, val_data, checkpoint, stop):
     if PROCESSES > 1:
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if PROCESS == 0:
-        cut_log(folder, progress.step)
+        cut_log(folder / "log.jsonl", progress.log)
     shown = dict(disable=True) if PROCESS else {}  # what TQDM_DISABLE says, on process 0
     model.train()
     clock = time.perf_counter()
-    with tqdm(total=steps, initial=progress.step, desc=folder.name, unit="step", mininterval=0.5,
+    name = f"{args.method} {args.leftover:.0%}"
+    with tqdm(total=steps, initial=progress.step, desc=name, unit="step", mininterval=0.5,
               dynamic_ncols=True, **shown) as bar:
         for step in range(progress.step + 1, steps + 1):
             indices = batch_indices(step, len(train_data), args.batch_size, args.seed)
@@ -152,7 +168,7 @@ def train(args, steps, model, teacher, train_data, val_data, checkpoint, stop):
                         model.train()
                     log(folder, progress, record, bar)
                 if saves:
-                    save(folder, progress, parts)
+                    save(folder, progress, parts, args)
                 clock = time.perf_counter()  # evaluating and saving are not training
             bar.update(step - bar.n)
             if stopping and not last:
@@ -196,25 +212,27 @@ def check_finite(progress, args):
 # Then settings.json and checkpoint.pt go.
 
 
-def save(folder, progress, parts):
+def save(folder, progress, parts, args):
     """Write the checkpoint, whole or not at all; of several processes', with the C of 0."""
     progress.saved = progress.step
     if PROCESS == 0:
         progress.loss, progress.norm = float(progress.loss), float(progress.norm)
+        progress.log = measure.log_state((folder / "log.jsonl").read_bytes())
         states = {name: part.state_dict() for name, part in parts.items()}
-        torch.save(dict(progress=vars(progress), **states), folder / "checkpoint.tmp")
-        os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
+        states |= dict(progress=vars(progress), of=[measure.FORMAT, settings_of(args)])
+        # As a file, for then torch passes on why it can't be written.
+        with whole(folder / "checkpoint.pt") as path, open(path, "wb") as file:
+            torch.save(states, file)
 
 
-def cut_log(folder, step):
-    """Drop what was logged after `step`, the checkpoint's: it will come again."""
-    path = folder / "log.jsonl"
-    try:
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: remove {folder} and start over") from error
-    measure.write_whole(path, "".join(kept))
+def cut_log(path, known):
+    """Drop what was logged after the checkpoint was written, when the log was `known`: it will come
+    again. Raises ValueError if that part is not as it was."""
+    content = path.read_bytes() if path.exists() else b""
+    if measure.log_state(content[: known[0]]) != known:
+        raise ValueError(f"{path} is damaged: remove {path.parent} and start over")
+    with whole(path) as beside:
+        beside.write_bytes(content[: known[0]])
 
 
 def log(folder, progress, record, bar):
@@ -225,8 +243,11 @@ def log(folder, progress, record, bar):
                   tokens_per_second=progress.tokens / progress.seconds)
     progress.loss, progress.norm, progress.since = 0.0, 0.0, 0
     if PROCESS == 0:
-        with open(folder / "log.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:  # a full disk's does not name the file
+            raise OSError(f"can't write {folder / 'log.jsonl'}: {error.strerror}") from error
         bar.set_postfix(loss=f"{record['loss']:.3f}", leftover=f"{record['leftover']:.0%}",
                         tokens_per_s=f"{record['tokens_per_second']:,.0f}")
 
@@ -240,13 +261,36 @@ def settings_of(args):
             ("out", "resume", "checkpoint_every", "log_every", "eval_every")}
 
 
+def check_data(about, known, folder):
+    """ValueError if the data of the run in `folder`, as `known` there, are others than `about`."""
+    if measure.hashes(known) != measure.hashes(about):
+        raise ValueError(f"{folder} was made with other data, from {known['train']['source']}: to "
+                         f"use those from {about['train']['source']}, move it away")
+
+
+def read_checkpoint(file, args):
+    """What `save` has written. Raises ValueError if it is damaged, or another run's."""
+    try:
+        with zipfile.ZipFile(file) as parts:
+            if parts.testzip():  # torch does not look at checksums
+                raise ValueError("a checksum is wrong")
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        if content["of"] != [measure.FORMAT, settings_of(args)]:
+            raise ValueError("another run's")
+        return content
+    except Exception as error:  # torch has several exceptions for a damaged file
+        raise ValueError(f"{file} is damaged, or not of this run: remove {file.parent} and start "
+                         "over") from error
+
+
 def check_folder(args):
     """Whether the run in args.out is "new", "interrupted" or "finished"; ValueError if it can't go
     on there."""
     out = Path(args.out)
     found = measure.read_run(out) if out.is_dir() else None
     state = found.state if found else "new"
-    if state == "new" and out.exists() and not (found and set(os.listdir(out)) <= {".lock"}):
+    started = {".lock", "settings.json.tmp"}  # by a process that was killed at once
+    if state == "new" and out.exists() and not (found and set(os.listdir(out)) <= started):
         raise ValueError(f"{out} exists and is no run's folder: name another with --out")
     if args.resume:
         if state == "new":
@@ -254,8 +298,9 @@ def check_folder(args):
         different = [f"{name} is {found.settings.get(name)} there and {value} here" for name, value
                      in settings_of(args).items() if found.settings.get(name) != value]
         if different:
-            raise ValueError(f"{out} has other settings ({', '.join(different)}): resume it with "
-                             "its own command")
+            more = f", and {len(different) - 3} more" * (len(different) > 3)
+            raise ValueError(f"{out} has other settings ({', '.join(different[:3])}{more}): resume "
+                             "it with its own command")
         return state
     if state == "finished":
         raise ValueError(f"{out} holds a finished run: name another with --out, or remove it")
@@ -326,8 +371,25 @@ def run(flags, implied=False):
         raise ValueError(f"--block-size {block_size} exceeds the model's context of {n_positions}")
     train_data, val_data = (data.load(args.dataset, split, vocab_size, block_size, args.data_path,
                                       args.data_config) for split in ("train", "validation"))
-    if args.method != "none" and not sum(model.config.mlp_widths):
-        raise ValueError(f"{args.model} has no MLP neurons left to prune")
+    widths, about = model.config.mlp_widths, dict(train=train_data.about, validation=val_data.about)
+    if args.method != "none":
+        if not sum(widths):
+            raise ValueError(f"{args.model} has no MLP neurons left to prune")
+        if not sum(round(args.leftover * m)
+                   for m in ([sum(widths)] if args.scope == "global" else widths)):
+            raise ValueError(f"--leftover {args.leftover:g} of {sum(widths):,} neurons is none at "
+                             "all: layers may become empty, but not all of them")
+    rows = -(-args.batch_size // (args.accumulate * PROCESSES))
+    if args.batch_size > len(train_data):
+        raise ValueError(f"--batch-size {args.batch_size} is more than the {len(train_data)} "
+                         "sequences to train on")
+    if args.device == "cpu" and hasattr(os, "sysconf"):  # elsewhere torch itself tells
+        # What the backward pass needs of the forward pass, at the very least.
+        least = 2 * rows * block_size * sum(8 * model.config.n_embd + 2 * m for m in widths)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if least > memory and not args.gradient_checkpointing:
+            raise ValueError(f"micro-batches of {rows} sequences take {least / 1e9:.0f} GB and more"
+                             f", and this machine has {memory / 1e9:.0f}: raise --accumulate")
     teacher = None
     if args.teacher or args.distill and not tiny:
         teacher = load_model(args.teacher or dense, args)
@@ -338,18 +400,22 @@ def run(flags, implied=False):
     steps = args.steps or max(1, round(args.epochs * len(train_data) / args.batch_size))
     checkpoint, file = None, out / "checkpoint.pt"
     if state == "interrupted" and file.exists():
-        try:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch has several exceptions for a damaged file
-            raise ValueError(f"{file} is damaged: remove {out} and start over") from error
+        checkpoint = read_checkpoint(file, args)
+        check_data(about, measure.read_run(out).settings["data"], out)
+    uses_dense = source == dense or args.distill and not args.teacher
+    if has_dense and uses_dense:
+        check_data(about, measure.read_run(dense).metrics["data"], dense)
+    say(f"data: {train_data.about['source']}" + "".join(
+        f"; {split}: {of['tokens']:,} tokens, sha256 {of['sha256'][:8]}..."
+        for split, of in about.items()))
 
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, wait=implied) if PROCESS == 0 else nullcontext():
         if told_by_first((out / "metrics.json").exists):  # another command has finished it
             return measure.read_run(out).metrics
         if PROCESS == 0:
-            measure.write_whole(out / "settings.json", json.dumps(settings_of(args), indent=2))
-        if tiny and not has_dense and (source == dense or args.distill and not args.teacher):
+            measure.write_json(out / "settings.json", settings_of(args) | dict(data=about))
+        if tiny and not has_dense and uses_dense:
             say(f"first the dense model, in {dense}")
             dense_flags.resume = dense.is_dir() and measure.read_run(dense).state != "new" or None
             run(dense_flags, implied=True)
@@ -371,14 +437,15 @@ def run(flags, implied=False):
         def finish():
             shrink(model).save_pretrained(out)
             gpu = args.device != "cpu" and torch.cuda.get_device_name(args.device)
-            metrics = dict(settings=settings_of(args), steps=steps, block_size=block_size,
+            metrics = dict(settings=settings_of(args), data=about, log=done.log, steps=steps,
+                           block_size=block_size,
                            processes=PROCESSES, seconds=done.seconds, tokens=done.tokens,
                            tokens_per_second=done.tokens / done.seconds,
                            versions=dict(python=platform.python_version(), torch=torch.__version__),
                            machine=gpu or platform.machine())
             models = load_model(source, args).eval(), load_model(out, args).eval()
             metrics |= compare(*models, val_data, args)
-            measure.write_whole(out / "metrics.json", json.dumps(metrics, indent=2))
+            measure.write_json(out / "metrics.json", metrics)
             for file in ("checkpoint.pt", "settings.json"):
                 (out / file).unlink(missing_ok=True)
             return metrics
@@ -394,7 +461,7 @@ def compare(start, result, val_data, args):
         ids = val_data.tokens[: min(16, val_data.block_size)].tolist()
     else:
         ids = val_data.prompts[0]
-    batch = val_data.batch(range(min(args.batch_size, len(val_data))))
+    batch = val_data.batch(range(min(args.batch_size // args.accumulate, len(val_data))))
     speeds = measure.prefill_speed([start, result], batch[0])
     about = {}
     for name, model, speed in zip(("start", "result"), (start, result), speeds):
@@ -523,15 +590,18 @@ def check_together(args):
     given = {group: ", ".join(flag_of(flag) for flag in flags if getattr(args, flag) is not None)
              for group, flags in FLAGS.items()}
     pruning, distilling = given["pruning"], given["distillation"]
+    method, similar = METHODS[name], unique or METHODS[name].measure
+    fits = dict(scope=not method.threshold, mask_lr=method.learned, lambda_mvp=method.learned,
+                lambda_gum=method.learned, lambda_sim=similar, sim_tokens=similar,
+                tau=method.threshold)
     for wrong, message in (
         (name == "none" and pruning and (pruning, args.leftover) != ("--leftover", 1.0),
          f"{pruning} means nothing with --method none: all stay"),
-        (METHODS[name].threshold and args.scope, f"--scope means nothing with --method {name}"),
-        (unique and not METHODS[name].learned,
-         f"--lambda-gum goes with learned scores, not --method {name}"),
-        (args.sim_tokens and not (unique or METHODS[name].measure),
-         "--sim-tokens goes with --method gum, or --lambda-gum above 0"),
-        (distilling and not args.distill, f"{distilling} goes with --distill")):
+        *((getattr(args, flag) is not None and not fit, f"{flag_of(flag)} means nothing with "
+           f"--method {name}" + ", unless --lambda-gum is above 0" * ("sim" in flag))
+          for flag, fit in fits.items()),
+        (distilling and not args.distill, f"{distilling} goes with --distill"),
+        (args.alpha_ce == args.alpha_kd == 0, "--alpha-ce 0 with --alpha-kd 0 trains nothing")):
         if wrong:
             fail(message)
     for one, other in (("compile", "gradient_checkpointing"), ("steps", "epochs"),
@@ -544,8 +614,9 @@ def resolve(flags):
     """The settings that `flags` (from `parse`) mean: defaults filled in, the run's folder named."""
     given = {name: value for name, value in vars(flags).items() if value is not None}
     usual = {name: False if one.kind is None else one.default for name, one in ALL_FLAGS.items()}
-    method, model, dataset, distill, device = (
-        (usual | given)[name] for name in ("method", "model", "dataset", "distill", "device"))
+    method, model, dataset, distill = (
+        (usual | given)[name] for name in ("method", "model", "dataset", "distill"))
+    device = flags.device or measure.BEST_DEVICE
     if model == "tiny":
         usual |= {name: one.tiny for name, one in ALL_FLAGS.items() if one.tiny is not None}
     usual |= METHODS[method].defaults
@@ -562,7 +633,7 @@ def resolve(flags):
     if not distill:
         usual |= dict.fromkeys(FLAGS["distillation"]) | dict(distill=False)
     fast = device != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False)
-    usual["dtype"] = "bfloat16" if fast else "float32"
+    usual |= dict(device=device, dtype="bfloat16" if fast else "float32")
     args = SimpleNamespace(**usual | given)
     if args.out is None:
         parts = [method, dataset, Path(model).name]
@@ -571,13 +642,18 @@ def resolve(flags):
                   "resume", *FLAGS["machine"]}
         parts += [f"{flag_of(name)[2:]}={Path(value).name if name == 'teacher' else value}"
                   for name, value in given.items() if name not in unsaid and value != usual[name]]
-        args.out = str(Path("out") / "-".join([*parts, f"seed{args.seed}"]))
+        parts, end = [re.sub(r"[^\w.=+-]", "_", part) for part in parts], f"seed{args.seed}"
+        if len("-".join([*parts, end])) > 60:  # the rest is in settings.json and metrics.json
+            end = hashlib.sha256("-".join(parts).encode()).hexdigest()[:8] + "-" + end
+            while len("-".join([*parts, end])) > 60:
+                parts.pop()
+        args.out = str(Path("out") / "-".join([*parts, end]))
     return args
 
 
 def join_processes(flags):
     """Be one of the processes that torchrun launched, on a GPU of its own, or the CPU."""
-    device, gpus = flags.device or ALL_FLAGS["device"].default, torch.cuda.device_count()
+    device, gpus = flags.device or measure.BEST_DEVICE, torch.cuda.device_count()
     if device == "cuda" and int(os.environ["LOCAL_RANK"]) < gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
     elif device != "cpu":
@@ -588,6 +664,7 @@ def join_processes(flags):
 
 def main():
     flags = parse()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # A pruned neuron's mean gradient fades to numbers so small that they slow a CPU down.
     torch.set_flush_denormal(True)
     try:
@@ -596,6 +673,10 @@ def main():
         metrics = run(flags)
         if PROCESS == 0:
             report(metrics, resolve(flags).out)
+            sys.stdout.flush()
+    except BrokenPipeError:
+        measure.nobody_reads()
+        say(f"the model is in {resolve(flags).out}")
     except (ValueError, OSError, FloatingPointError) as error:
         fail(error)
     except RuntimeError as error:  # torch has no exceptions of its own for these

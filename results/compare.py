@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import data
-from measure import MEASURES, read_model
+from measure import MEASURES, log_state, read_model
 from prune import METHODS
 
 DRAWN = {  # method: colour (Okabe and Ito's, which the colour-blind can tell apart) and marker
@@ -183,11 +183,20 @@ def similarity(runs):
     return panels
 
 
+def read_log(run):
+    """The run's log. Raises ValueError if it is not as the run has left it."""
+    path = run.path / "log.jsonl"
+    content = path.read_bytes() if path.exists() else b""
+    if log_state(content) != run.metrics["log"]:
+        raise ValueError(f"{path} is damaged, or of another run")
+    return content.decode()
+
+
 def training(runs):
     """Loss and leftover by step, for all methods; then each method's layers."""
     left, panels = "share of neurons left", {}
     for run in runs:
-        log = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+        log = [json.loads(line) for line in read_log(run).splitlines()]
         steps, widths = [line["step"] for line in log], run.metrics["start"]["widths"]
 
         def add(title, y_label, curve, ys):

@@ -74,11 +74,12 @@ def assert_same_weights(a, b, atol=0.0):
 
 
 def assert_same_run(a, b):
-    """Of two runs' folders: the same weights, log and metrics, bit for bit, but for the times."""
+    """Of two runs' folders: the same weights, log and metrics, bit for bit, but for the times and
+    the checksums of these."""
     assert_same_weights(a, b)
+    varying = r'"\w*seconds?": [^,}\n]+|"log": \[[^]]*\]|"crc32": \d+'
     for file in ("log.jsonl", "metrics.json"):
-        first, second = (re.sub(r'"\w*seconds?": [^,}\n]+', "", Path(folder, file).read_text())
-                         for folder in (a, b))
+        first, second = (re.sub(varying, "", Path(folder, file).read_text()) for folder in (a, b))
         assert first == second
 
 
@@ -150,9 +151,20 @@ def test_the_log_has_a_line_every_interval_and_evaluation_and_follows_the_schedu
 def test_the_name_of_the_folder_tells_the_settings_whatever_is_beside_it():
     os.makedirs("out/damaged")
     Path("out/damaged/metrics.json").write_text("{")
-    run("--method topv --leftover 0.25 --scope global --seed 3")
-    assert Path("out/topv-stdlib-small-0.25-block-size=32-steps=12-batch-size=2-lr=0.01-"
-                "scope=global-seed3").is_dir()
+    run("--method topv --leftover 0.25 --scope global --seed 3 --block-size 64")
+    (folder,) = {path.name for path in Path("out").iterdir()} - {"damaged"}
+    assert re.fullmatch(r"topv-stdlib-small-0.25-block-size=64-steps=12-\w{8}-seed3", folder)
+
+
+def test_other_settings_have_other_names_none_longer_than_60_characters():
+    flags = ["", "--steps 9", "--lr 0.1", "--scope layer", "--scope layer --lr 0.1", "--distill",
+             "--batch-size 7 --lr 0.1 --weight-decay 0.2 --eps 1e-5 --lambda-gum 3",
+             "--batch-size 7 --lr 0.1 --weight-decay 0.2 --eps 1e-5 --lambda-gum 4",
+             f"--dataset wikitext --data-config a/b --model {'m' * 99}", f"--model {'m' * 98}n"]
+    names = [train.resolve(train.parse(f"--device cpu {words}".split())).out for words in flags]
+    assert len(set(names)) == len(flags) and max(len(Path(name).name) for name in names) <= 60
+    assert names[:2] == ["out/gum-stdlib-tiny-0.25-seed0", "out/gum-stdlib-tiny-0.25-steps=9-seed0"]
+    assert all(name.count("/") == 1 for name in names)
 
 
 # The ways through: tiny, pruned starts, epochs, teachers, and what changes nothing but rounding.
@@ -210,9 +222,11 @@ def test_the_similarity_can_see_fewer_tokens():
 
 @pytest.mark.parametrize("method", PRUNING)
 def test_layers_that_lose_every_neuron_still_train_save_load_and_export(method):
-    tau = "--tau 0.9999 --mask-lr 0.1" if method == "soft" else ""  # it leaves nothing, then
-    metrics = run(f"--method {method} --leftover 0.004 {tau} --out run")
-    assert 0 in metrics["result"]["widths"] and math.isfinite(metrics["result"]["val_loss"])
+    save_small("uneven", mlp_widths=(64, 8))
+    tau = "--tau 0.9999 --mask-lr 0.1" if method == "soft" else ""  # then none reaches it
+    metrics = run(f"--method {method} --leftover 0.02 {tau} --out run", model="uneven")
+    assert sorted(metrics["result"]["widths"]) == [0, 1]
+    assert math.isfinite(metrics["result"]["val_loss"])
     model = GPT.from_pretrained("run")
     model.save_pretrained("padded", pad=True)
     padded, idx = GPT.from_pretrained("padded"), torch.randint(257, (2, 20))
@@ -290,7 +304,7 @@ def killed_run(death, flags, **how):
         run(flags, **how)
 
 
-DEATHS = {"while saving": (torch, "save", 2, lambda _, path: die(path.write_bytes(b"PK half"))),
+DEATHS = {"while saving": (torch, "save", 2, lambda _, file: die(file.write(b"PK half"))),
           "before what is saved is in place": (torch, "save", 2, None, die),
           "in the middle of a step": (*STEP, 7, die),
           "between two steps": (*STEP, 10, None, die),
@@ -424,6 +438,8 @@ def test_an_interrupted_run_is_not_overwritten_and_a_damaged_file_in_it_is_named
     again = f"{SMALL} --out run"
     assert_fails(capsys, again, "interrupted|--resume")
     assert_fails(capsys, f"{again} --steps 13 --resume", "other settings|steps is 12 there")
+    assert_fails(capsys, f"{again} --lr 1 --eps 1 --leftover 0.5 --seed 1 --steps 9 --resume",
+                 "other settings|seed is 0 there and 1 here|, and 2 more)")
     for file, content in (
             ("metrics.json", "[3]"), ("metrics.json", '{"a": 1}'), ("metrics.json", '{"a": '),
             ("settings.json", "[3]"), ("checkpoint.pt", "half"),
