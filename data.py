@@ -361,9 +361,9 @@ def read(dataset, split, path, config):
     for library in datasets, huggingface_hub.utils:
         library.disable_progress_bars()
         library.logging.set_verbosity(library.logging.CRITICAL)
-    known = DATASETS[dataset]
-    hub, columns = known["hub"], known["columns"]
-    folder = Path(path).resolve() if path else download(known, config)
+    hub, columns, null = map(DATASETS[dataset].get, ("hub", "columns", "null"))
+    usual = DATASETS[dataset].get("config")
+    folder = Path(path).resolve() if path else download(dataset, config or usual)
     source = str(folder) if path else f"{hub}, commit {folder.name}"
     for below in (hub, Path(hub).name):
         if path and (folder / below).is_dir():
@@ -380,27 +380,25 @@ def read(dataset, split, path, config):
             raise ValueError(f"can't read the {split} split of {source}: {reason} (is a file empty "
                              f"or damaged{hint}?)") from error
 
-    def parsed(file, kept):
-        # Each file alone, lest its types be turned into those of another.
-        rows = datasets.load_dataset(kind, data_files=[str(file)], split="train", streaming=True,
-                                     cache_dir=kept)
-        for table in rows.with_format("arrow").iter(10_000):  # pyarrow's
-            table = table.flatten()
-            if missing := [column for column in columns if column not in table.column_names]:
-                raise ValueError(f"its columns are {table.column_names}, without {missing}")
-            yield from zip(*(table[column].to_pylist() for column in columns))
+    def parsed(kept):
+        for file in files:  # each alone, lest its types be turned into those of another
+            rows = datasets.load_dataset(kind, data_files=[str(file)], split="train",
+                                         streaming=True, cache_dir=kept)
+            for table in rows.with_format("arrow").iter(10_000):  # pyarrow's
+                table = table.flatten()
+                if missing := [name for name in columns if name not in table.column_names]:
+                    raise ValueError(f"its columns are {table.column_names}, without {missing}")
+                yield from zip(*(table[name].to_pylist() for name in columns))
 
     def checked():
+        number = 0
         with readable(), TemporaryDirectory() as kept:
-            rows = wikisql_release(*files) if release else (
-                row for file in files for row in parsed(file, kept))
-            number = 0
-            for number, row in enumerate(rows, 1):
-                row = [known.get("null") if value is None else value for value in row]
-                for column, value in zip(columns, row):
-                    texts = value if column == "table.header" else [value]
+            for number, row in enumerate(wikisql_release(*files) if release else parsed(kept), 1):
+                row = [null if value is None else value for value in row]
+                for name, value in zip(columns, row):
+                    texts = value if name == "table.header" else [value]
                     if not (isinstance(texts, list) and all(isinstance(x, str) for x in texts)):
-                        raise ValueError(f"column {column} is {value!r:.60} in row {number}")
+                        raise ValueError(f"column {name} is {value!r:.60} in row {number}")
                 yield row
             if not number:
                 raise ValueError("it holds no rows")
@@ -414,7 +412,7 @@ def read(dataset, split, path, config):
         else:
             # A folder that declares no configuration has one, which the library calls "default".
             if datasets.get_dataset_config_names(str(folder)) != ["default"]:
-                config = config or known.get("config")
+                config = config or usual
             builder = datasets.load_dataset_builder(str(folder), config, cache_dir=kept)
             kind, files = builder.name, builder.config.data_files[split]
         sizes, digest = {}, hashlib.sha256()
@@ -425,15 +423,15 @@ def read(dataset, split, path, config):
     return checked(), dict(source=source, files=sizes, sha256=digest.hexdigest())
 
 
-def download(known, config):
+def download(dataset, config):
     """The folder of a Hub's data set in Hugging Face's cache, fetched if need be."""
     import huggingface_hub
 
-    hub, config = known["hub"], config or known.get("config")
+    hub, revision = map(DATASETS[dataset].get, ("hub", "revision"))
     print(f"reading {hub} from the Hub", file=sys.stderr)
     try:
         return Path(huggingface_hub.snapshot_download(
-            hub, repo_type="dataset", revision=known.get("revision"),
+            hub, repo_type="dataset", revision=revision,
             allow_patterns=["README.md", f"{config}/*"] if config else None))
     except Exception as error:  # whatever went wrong, the way out is the same
         reason = " ".join(f"{type(error).__name__} {error}".split())

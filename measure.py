@@ -16,7 +16,6 @@ import re
 import runpy
 import signal
 import sys
-import textwrap
 import time
 import zlib
 from collections import namedtuple
@@ -29,7 +28,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import MagicMock
 
-if __name__ == "__main__":  # as in train.py: mistakes are told before torch is imported
+if __name__ == "__main__":  # As in train.py, mistakes are told before torch is imported.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     later = ("torch", "torch.nn", "torch.nn.functional", "torch.nn.utils.rnn",
              "torch.utils.checkpoint", "torch.distributed", "safetensors.torch")
@@ -224,20 +223,24 @@ def checksum(content):
 
 
 def write_json(path, content):
-    """Write a dict, whole or not at all, with a checksum."""
+    """Write a dict, whole or not at all, with its checksum."""
     with whole(path) as file:
         file.write_text(json.dumps(content | dict(crc32=checksum(content)), indent=1))
 
 
-def read_json(path):
-    """What `write_json` has written. Raises ValueError if it is not quite that any more."""
+def read_json(path, key):
+    """What `write_json` has written, {} if nothing. Raises ValueError if it is no longer just that,
+    or lacks `key`."""
     try:
         content = json.loads(path.read_text())
-        if content.pop("crc32") == checksum(content):
+        if content[key] and content.pop("crc32") == checksum(content):
             return content
+    except FileNotFoundError:
+        return {}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    raise ValueError(f"{path} is damaged, or of another version of this program")
+    lost = path if key == "values" else path.parent
+    raise ValueError(f"{path} is damaged, or of another version: remove {lost} and start over")
 
 
 def log_state(content):
@@ -248,22 +251,13 @@ def log_state(content):
 def read_run(folder):
     """What a run's folder holds: `path`, `state` ("finished", "interrupted" or "new"), `settings`,
     `metrics` and `measures`, {} where it has none. Raises ValueError if a file is damaged."""
-    path, found = Path(folder), []
+    path = Path(folder)
     if not path.is_dir():
         raise FileNotFoundError(f"no such run: {folder} is not a folder")
     # In this order, lest a run that ends meanwhile look new: its settings.json goes last.
-    for name, key in ("settings", "method"), ("metrics", "settings"), ("measure", "values"):
-        file = path / f"{name}.json"
-        try:
-            content = read_json(file)
-            found.append({key: content[key], **content})
-        except FileNotFoundError:
-            found.append({})
-        except (ValueError, KeyError) as error:
-            lost = file if name == "measure" else path
-            raise ValueError(f"{file} is damaged, or of another version of this program: remove "
-                             f"{lost} and start over") from error
-    settings, metrics, measures = found
+    settings, metrics, measures = (
+        read_json(path / f"{name}.json", key) for name, key in
+        (("settings", "method"), ("metrics", "settings"), ("measure", "values")))
     state = "finished" if metrics else "interrupted" if settings else "new"
     return SimpleNamespace(path=path, state=state, settings=metrics.get("settings", settings),
                            metrics=metrics, measures=measures)
@@ -282,6 +276,14 @@ def hashes(about):
     return {split: of_split["sha256"] for split, of_split in about.items()}
 
 
+def check_data(about, known, folder, way_out):
+    """ValueError if the data of the run in `folder`, as `known` there, are others than `about`."""
+    if hashes(known) != hashes(about):
+        here, there = (of["validation"]["source"] for of in (about, known))
+        raise ValueError(f"{folder} was made with other data, from {there}, than are now in {here}: "
+                         + way_out)
+
+
 def find_dense(folders, settings, about=None):
     """The finished dense run in one of `folders` of the same data, model and seed as `settings`,
     and most alike in all else; or None. `about`: what its data were, if that is known."""
@@ -289,9 +291,9 @@ def find_dense(folders, settings, about=None):
         return [os.path.realpath(settings.get("model", "")),
                 *map(settings.get, ("dataset", "data_config", "seed"))]
 
-    files, dense = {file for one in folders for file in Path(one).glob("*/metrics.json")}, []
-    for file in sorted(files):
-        with suppress(ValueError):  # a damaged one is not the one
+    dense = []
+    for file in sorted({file for one in folders for file in Path(one).glob("*/metrics.json")}):
+        with suppress(ValueError):  # a damaged one is not meant
             run = read_run(file.parent)
             if (run.settings["method"] == "none" and not run.settings["distill"]
                     and origin(run.settings) == origin(settings)
@@ -326,7 +328,7 @@ def measure(path, device, on):
     splits = {split: load(on.dataset, split, *where) for split in ("validation", on.split)}
     validation, metric = splits["validation"], data.DATASETS[on.dataset]["metric"]
     values = dict(loss=mean_loss(model, validation, nullcontext()))
-    values["perplexity"] = math.exp(values["loss"])
+    values["perplexity"] = math.exp(min(values["loss"], 700))
     if metric == "exact_match":
         values[metric] = fmean(exact_matches(model, validation))
     if on.outputs or metric in ("rouge", "bleu"):
@@ -357,11 +359,9 @@ def evaluate(args):
         if not on.dataset:
             raise ValueError(f"{run.path} does not say what to measure it on: add --dataset")
         values, counts, widths, texts, about = measure(run.path.absolute(), args.device, on)
-        for split, sha256 in hashes(run.metrics.get("data", {})).items():
-            if not args.dataset and about.get(split, dict(sha256=sha256))["sha256"] != sha256:
-                raise ValueError(f"the {split} data of {run.path} were others: what is now in "
-                                 f"{about[split]['source']} is measured with --dataset "
-                                 f"{on.dataset}, if that is meant")
+        if run.metrics and not args.dataset:
+            check_data(about, {split: run.metrics["data"][split] for split in about}, run.path,
+                       f"measure them with --dataset {on.dataset}")
         if dense:
             base, _, full, *_ = measure(dense.path.absolute(), args.device, on)
         full = run.metrics["start"]["widths"] if run.metrics else full
@@ -403,19 +403,9 @@ def figures(args):
 
 def sample(args):
     """Print what the dense and the pruned model write after a prompt, side by side."""
-    if not args.prompt:
-        raise ValueError("there is nothing to continue: give a --prompt")
-    for run in map(read_model, args.runs):
-        columns = []
-        for title, one in ("dense", dense_run(run, args.dense)), ("pruned", run):
-            if one:
-                model = GPT.from_pretrained(one.path).to(args.device)
-                ids = data.tokenizer(model.config.vocab_size).encode(args.prompt)
-                text = sampled(model, ids, args.tokens)
-                lines = [f"{title}: {one.path}", "", *text.splitlines()]
-                columns.append([part for line in lines for part in textwrap.wrap(line, 56) or [""]])
-        for parts in zip_longest(*columns, fillvalue=""):
-            print(" | ".join(f"{part:56}" for part in parts).rstrip())
+    from results import compare
+
+    compare.sample(args)
 
 
 # The command line, of train.py and results/bench.py too.

@@ -1,4 +1,4 @@
-"""Finished runs side by side: what `python measure.py table` and `python measure.py figures` show.
+"""Finished runs: the closing table of one, and what `measure.py table`, `figures` and `sample` show.
 
 `run.leftover` is the share of neurons that a run was asked to leave; what it did is in its metrics.
 """
@@ -7,11 +7,14 @@ import csv
 import json
 import os
 import sys
+import textwrap
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean, stdev
 
 import data
-from measure import MEASURES, log_state, read_model
+from measure import MEASURES, dense_run, log_state, read_model, sampled
+from model import GPT
 from prune import METHODS
 
 DRAWN = {  # method: colour (Okabe and Ito's, which the colour-blind can tell apart) and marker
@@ -35,6 +38,7 @@ def read_runs(folders):
         if run.method not in METHODS:
             raise ValueError(f"{run.path} is by {run.method}, which is no method of prune.py")
         run.group = run.settings["dataset"], Path(run.settings["model"]).name
+        run.settings["data"] = run.metrics["data"]["train"]["sha256"][:8]
         run.values = run.measures.get("values") or dict(
             perplexity=run.metrics["result"]["val_perplexity"], leftover=run.metrics["leftover"])
     for run in sorted(runs, key=lambda run: (run.distill, list(METHODS).index(run.method))):
@@ -71,6 +75,27 @@ def cell(runs, metric):
     return text + f" at {left:.3f}" * (abs(left - runs[0].leftover) >= 0.01)
 
 
+def report(metrics, folder):
+    """Print a finished run as a table: the model it started from against the one it made."""
+    start, result, method = metrics["start"], metrics["result"], metrics["settings"]["method"]
+    before = "start" if method == "none" else "dense"
+    print(f"\n{'':24}{before:>14}{method:>14}{'ratio':>9}")
+    for title, key, form in (("parameters", "parameters", ",.0f"),
+                             ("validation loss (nats)", "val_loss", ".4f"),
+                             ("validation perplexity", "val_perplexity", ".3f"),
+                             ("tokens/s (prefill)", "prefill_tokens_per_second", ",.0f")):
+        a, b = start[key], result[key]
+        print(f"{title:24}{a:>14{form}}{b:>14{form}}{b / a:>8.2f}x")
+    wanted, total = metrics["leftover_wanted"], sum(start["widths"])
+    print(f"neurons left: {metrics['leftover']:.2%} of {total:,} ({wanted:.2%} wanted)")
+    print("neurons per layer:", *start["widths"], "->", *result["widths"])
+    speed = metrics["tokens_per_second"]
+    print(f"{metrics['steps']} steps in {metrics['seconds']:.0f} s, {speed:,.0f} tokens/s")
+    for name, model in ((before, start), (method, result)):
+        print(f"\n--- {name} writes:\n{model['sample']}")
+    print(f"\nthe model, its log and metrics are in {folder}")
+
+
 def table(args):
     """Print the paper's tables: methods down, leftover across, means over seeds."""
     for (dataset, model), runs in read_runs(args.runs).items():
@@ -93,6 +118,23 @@ def table(args):
             body = " \\\\\n".join(" & ".join(line) for line in lines)
             body = body.replace("_", r"\_").replace("±", r"$\pm$")
             print(f"\\begin{{tabular}}{{l{'r' * len(leftovers)}}}\n{body} \\\\\n\\end{{tabular}}\n")
+
+
+def sample(args):
+    """Print what the dense and the pruned model write after a prompt, side by side."""
+    if not args.prompt:
+        raise ValueError("there is nothing to continue: give a --prompt")
+    for run in map(read_model, args.runs):
+        columns = []
+        for title, one in ("dense", dense_run(run, args.dense)), ("pruned", run):
+            if one:
+                model = GPT.from_pretrained(one.path).to(args.device)
+                ids = data.tokenizer(model.config.vocab_size).encode(args.prompt)
+                text = sampled(model, ids, args.tokens)
+                lines = [f"{title}: {one.path}", "", *text.splitlines()]
+                columns.append([part for line in lines for part in textwrap.wrap(line, 56) or [""]])
+        for parts in zip_longest(*columns, fillvalue=""):
+            print(" | ".join(f"{part:56}" for part in parts).rstrip())
 
 
 def look(method):

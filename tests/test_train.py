@@ -399,7 +399,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(capsys, monkeyp
     ("--lr -1", "--lr|above 0"), ("--lr inf", "--lr|above 0"), ("--steps 0", "--steps|above 0"),
     ("--lambda-sim 2", "--lambda-sim|(0, 1]"), ("--sim-tokens 0", "--sim-tokens|above 0"),
     ("--steps 9 --epochs 1", "--steps|--epochs|one of them"), ("--methd gum", "--methd"),
-    ("--method none --leftover 0.5", "--leftover|all stay"), ("--out small", "small|--out"),
+    ("--method none --leftover 0.5", "--leftover|--method none"), ("--out small", "small|--out"),
     ("--method soft --scope global", "--scope"), ("--teacher small", "--teacher|--distill"),
     ("--method random --lambda-gum 1", "--lambda-gum"), ("--model empty", "empty|config.json"),
     ("--method topv --sim-tokens 8", "--sim-tokens|gum"), ("--block-size 257", "257|256"),
