@@ -16,14 +16,13 @@ import re
 import runpy
 import signal
 import sys
-import time
 import zlib
 from collections import namedtuple
 from contextlib import nullcontext, suppress
 from functools import cache
 from itertools import islice, zip_longest
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from types import SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import MagicMock
@@ -35,7 +34,7 @@ if __name__ == "__main__":  # As in train.py, mistakes are told before torch is 
     sys.modules |= dict.fromkeys(later, MagicMock())
     with suppress(Exception):
         runpy.run_path(__file__)["main"](look_only=True)
-    for name in (*later, "data", "model", "prune"):
+    for name in (*later, "data", "model", "prune", "measure", "results", "results.compare"):
         sys.modules.pop(name, None)
 
 import torch
@@ -80,23 +79,6 @@ def mean_loss(model, examples, autocast, most=None):
     return (total / count).item()  # nothing before waits for the device
 
 
-def timed(function, device):
-    """How many seconds `function` takes, and what it returns."""
-    began, result = time.perf_counter(), function()
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began, result
-
-
-@torch.no_grad()
-def prefill_speed(models, idx, rounds=7):
-    """Tokens per second with which each of `models` reads `idx` [B, T]: medians, in turns."""
-    idx = idx.to(models[0].wte.weight.device)
-    seconds = [[timed(lambda: model(idx), idx.device)[0] for model in models]
-               for _ in range(rounds + 1)]
-    return [idx.numel() / median(times[1:]) for times in zip(*seconds)]  # the first round warms up
-
-
 @torch.no_grad()
 def exact_matches(model, examples):
     """For each example, in the order of `by_length`: would greedy decoding write just the target?
@@ -109,14 +91,6 @@ def exact_matches(model, examples):
         said = model(idx)[0].argmax(-1)  # [B, T, V] -> [B, T]
         matches += ((said == targets) | (targets == -100)).all(1).tolist()
     return matches
-
-
-def sampled(model, ids, tokens):
-    """The text of `ids` and up to `tokens` more: drawn, but always the same ones."""
-    tokenizer = data.tokenizer(model.config.vocab_size)
-    generator = torch.Generator(model.wte.weight.device).manual_seed(0)
-    new, = model.generate([ids], tokens, 0.8, top_k=40, eot=tokenizer.eot, generator=generator)
-    return tokenizer.decode(ids + new)
 
 
 def write_texts(model, examples, prompts=0, beams=1):
@@ -272,16 +246,16 @@ def read_model(folder):
 
 
 def hashes(about):
-    """What tells the data of a run from others: each split's hash."""
+    """What tells data from others: each split's hash."""
     return {split: of_split["sha256"] for split, of_split in about.items()}
 
 
 def check_data(about, known, folder, way_out):
     """ValueError if the data of the run in `folder`, as `known` there, are others than `about`."""
     if hashes(known) != hashes(about):
-        here, there = (of["validation"]["source"] for of in (about, known))
-        raise ValueError(f"{folder} was made with other data, from {there}, than are now in {here}: "
-                         + way_out)
+        there, here = (of["validation"]["source"] for of in (known, about))
+        raise ValueError(f"{folder} was made with other data, from {there}, than these, from {here}"
+                         f": {way_out}")
 
 
 def find_dense(folders, settings, about=None):
@@ -309,7 +283,7 @@ def dense_run(run, folder):
     return find_dense([run.path.parent], run.settings, run.metrics["data"])
 
 
-# The commands. Those that compare runs are in results/compare.py.
+# The first command. The others, which compare runs, are in results/compare.py.
 
 On = namedtuple("On", "dataset data_path data_config block_size split examples generate beams "
                 "outputs")
@@ -383,29 +357,7 @@ def evaluate(args):
             print(row(MEASURES[name], *("-" if x is None else f"{x:.4g}" for x in numbers)))
         print("leftover per layer:", *(f"{share:.1%}" for share in shares))
         if values["span_uniqueness"] is None and sum(widths):
-            print("too few tokens for span uniqueness: it takes two of them to each neuron of the "
-                  "widest layer; raise --examples")
-
-
-def table(args):
-    """Print the paper's tables."""
-    from results import compare
-
-    compare.table(args)
-
-
-def figures(args):
-    """Draw the paper's figures, and training curves."""
-    from results import compare
-
-    compare.figures(args)
-
-
-def sample(args):
-    """Print what the dense and the pruned model write after a prompt, side by side."""
-    from results import compare
-
-    compare.sample(args)
+            print("span uniqueness takes two tokens to each neuron of a layer: raise --examples")
 
 
 # The command line, of train.py and results/bench.py too.
@@ -504,21 +456,19 @@ def call(commands, flags, about, look_only=False):
     try:
         commands[name](args)
         sys.stdout.flush()
-    except BrokenPipeError:
-        nobody_reads()
+    except BrokenPipeError:  # nobody reads on, as after `| head -1`
+        os._exit(0)
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def nobody_reads():
-    """After `| head -1`: lest Python complain that it can't print the rest."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def main(look_only=False):
-    call((evaluate, table, figures, sample), FLAGS, __doc__, look_only)
+    from results import compare
+
+    commands = evaluate, compare.table, compare.figures, compare.sample
+    call(commands, FLAGS, __doc__, look_only)
 
 
 if __name__ == "__main__":

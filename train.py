@@ -1,8 +1,8 @@
 """Fine-prune a GPT: `python train.py --method gum --dataset wikitext --model gpt2 --leftover 0.25`.
 
 In order: a step of fine-pruning, the loop around it, what a run keeps in its folder, a whole run,
-the flags. The order of the data is a function of the seed and the step, and
-nothing else is random: an interrupted run (of one process) goes on as if it had not been.
+the flags. The order of the data is a function of the seed and the step, and nothing else is random:
+an interrupted run (of one process) goes on as if it had not been.
 """
 
 import argparse
@@ -25,14 +25,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
-if __name__ == "__main__":  # before torch is imported, which takes seconds:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback, and
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback
     later = ("torch", "torch.nn", "torch.nn.functional", "torch.nn.parallel", "torch.nn.utils.rnn",
              "torch.utils.checkpoint", "torch.distributed", "safetensors.torch")
     sys.modules |= dict.fromkeys(later, MagicMock())
-    with suppress(Exception):  # mistakes in flags, which take none of these, are told
+    with suppress(Exception):  # without these, mistakes in flags can be told
         runpy.run_path(__file__)["parse"]()
-    for name in (*later, "data", "measure", "model", "prune"):
+    for name in (*later, "data", "measure", "model", "prune", "results", "results.compare"):
         sys.modules.pop(name, None)
 
 import torch
@@ -46,6 +46,7 @@ import measure
 from measure import ABOVE_0, AT_LEAST_0, SHARE, Flag, flag_of
 from model import GPT, SHAPES, GPTConfig, whole
 from prune import METHODS, HeadLoss, Pruner, defaults_of, lr_factor, shrink, v_at
+from results.compare import compare, report
 
 # Launched by torchrun, several train in step, each on its share of a batch; 0 alone writes.
 PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -134,9 +135,8 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
     shown = dict(disable=True) if PROCESS else {}  # what TQDM_DISABLE says, on process 0
     model.train()
     clock = time.perf_counter()
-    name = f"{args.method} {args.leftover:.0%}"
-    with tqdm(total=steps, initial=progress.step, desc=name, unit="step", mininterval=0.5,
-              dynamic_ncols=True, **shown) as bar:
+    with tqdm(total=steps, initial=progress.step, desc=f"{args.method} {args.leftover:.0%}",
+              unit="step", mininterval=0.5, dynamic_ncols=True, **shown) as bar:
         for step in range(progress.step + 1, steps + 1):
             indices = batch_indices(step, len(train_data), args.batch_size, args.seed)
             batch, seed = train_data.batch(indices), 1_000_003 * args.seed + step
@@ -432,7 +432,7 @@ def run(flags, implied=False):
                            versions=dict(python=platform.python_version(), torch=torch.__version__),
                            machine=gpu or platform.machine())
             models = load_model(source, args).eval(), load_model(out, args).eval()
-            metrics |= compare(*models, val_data, args)
+            metrics |= compare(*models, val_data, args, autocast_of(args))
             measure.write_json(out / "metrics.json", metrics)
 
         told_by_first(finish)
@@ -445,29 +445,6 @@ def finished(out):
         for file in ("checkpoint.pt", "settings.json"):
             (out / file).unlink(missing_ok=True)
     return measure.read_run(out).metrics
-
-
-def compare(start, result, val_data, args):
-    """Both models' loss on all validation data (nats per token), size, speed, and a sample."""
-    if args.dataset == "stdlib":
-        ids = data.tokenizer(result.config.vocab_size).encode("def ")[: val_data.block_size]
-    elif isinstance(val_data, data.Blocks):
-        ids = val_data.tokens[: min(16, val_data.block_size)].tolist()
-    else:
-        ids = val_data.prompts[0]
-    batch = val_data.batch(range(min(args.batch_size // args.accumulate, len(val_data))))
-    speeds = measure.prefill_speed([start, result], batch[0])
-    about = {}
-    for name, model, speed in zip(("start", "result"), (start, result), speeds):
-        loss = measure.mean_loss(model, val_data, autocast_of(args))
-        about[name] = dict(val_loss=loss, val_perplexity=math.exp(min(loss, 700)),
-                           widths=list(model.config.mlp_widths),
-                           parameters=sum(p.numel() for p in model.parameters()),
-                           prefill_tokens_per_second=speed,
-                           sample=measure.sampled(model, ids, val_data.block_size - len(ids)))
-    full, left = about["start"]["widths"], about["result"]["widths"]
-    return about | dict(leftover_wanted=args.leftover, leftover=sum(left) / max(sum(full), 1),
-                        leftover_per_layer=[k / max(m, 1) for k, m in zip(left, full)])
 
 
 # The flags. Defaults are the paper's (Appendix F) or its released code's; what depends on others
@@ -642,13 +619,11 @@ def main():
             join_processes(flags)
         metrics = run(flags)
         if PROCESS == 0:
-            from results.compare import report  # which imports this project's files, too
-
             report(metrics, resolve(flags).out)
             sys.stdout.flush()
-    except BrokenPipeError:
-        measure.nobody_reads()
+    except BrokenPipeError:  # nobody reads on, as after `| head -1`
         say(f"the model is in {resolve(flags).out}")
+        os._exit(0)
     except (ValueError, OSError, FloatingPointError) as error:
         fail(error)
     except RuntimeError as error:  # torch has no exceptions of its own for these

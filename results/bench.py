@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 import data
 import measure
-from measure import ABOVE_0, Flag, timed
+from measure import ABOVE_0, Flag
 from model import GPT, SHAPES, GPTConfig, KVCache, read_config
 from prune import Pruner, v_at
+from results.compare import timed
 from train import fine_prune, make_optimizer
 
 try:

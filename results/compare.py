@@ -1,19 +1,23 @@
-"""Finished runs: the closing table of one, and what `measure.py table`, `figures` and `sample` show.
+"""How a run ends, and what `python measure.py table`, `figures` and `sample` show of several.
 
 `run.leftover` is the share of neurons that a run was asked to leave; what it did is in its metrics.
 """
 
 import csv
 import json
+import math
 import os
 import sys
 import textwrap
+import time
 from itertools import zip_longest
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
+
+import torch
 
 import data
-from measure import MEASURES, dense_run, log_state, read_model, sampled
+from measure import MEASURES, dense_run, log_state, mean_loss, read_model
 from model import GPT
 from prune import METHODS
 
@@ -73,6 +77,54 @@ def cell(runs, metric):
     text = f"{mean:.4g}" + f" ± {std:.2g}" * (len(values) > 1) + f" ({len(values)})"
     left = fmean(run.metrics["leftover"] for run in runs)
     return text + f" at {left:.3f}" * (abs(left - runs[0].leftover) >= 0.01)
+
+
+def timed(function, device):
+    """How many seconds `function` takes, and what it returns."""
+    began, result = time.perf_counter(), function()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began, result
+
+
+@torch.no_grad()
+def prefill_speed(models, idx, rounds=7):
+    """Tokens per second with which each of `models` reads `idx` [B, T]: medians, in turns."""
+    idx = idx.to(models[0].wte.weight.device)
+    seconds = [[timed(lambda: model(idx), idx.device)[0] for model in models]
+               for _ in range(rounds + 1)]
+    return [idx.numel() / median(times[1:]) for times in zip(*seconds)]  # the first round warms up
+
+
+def sampled(model, ids, tokens):
+    """The text of `ids` and up to `tokens` more: drawn, but always the same ones."""
+    tokenizer = data.tokenizer(model.config.vocab_size)
+    generator = torch.Generator(model.wte.weight.device).manual_seed(0)
+    new, = model.generate([ids], tokens, 0.8, top_k=40, eot=tokenizer.eot, generator=generator)
+    return tokenizer.decode(ids + new)
+
+
+def compare(start, result, val_data, args, autocast):
+    """Both models' loss on all validation data (nats per token), size, speed, and a sample."""
+    if args.dataset == "stdlib":
+        ids = data.tokenizer(result.config.vocab_size).encode("def ")[: val_data.block_size]
+    elif isinstance(val_data, data.Blocks):
+        ids = val_data.tokens[: min(16, val_data.block_size)].tolist()
+    else:
+        ids = val_data.prompts[0]
+    batch = val_data.batch(range(min(args.batch_size // args.accumulate, len(val_data))))
+    speeds = prefill_speed([start, result], batch[0])
+    about = {}
+    for name, model, speed in zip(("start", "result"), (start, result), speeds):
+        loss = mean_loss(model, val_data, autocast)
+        about[name] = dict(val_loss=loss, val_perplexity=math.exp(min(loss, 700)),
+                           widths=list(model.config.mlp_widths),
+                           parameters=sum(p.numel() for p in model.parameters()),
+                           prefill_tokens_per_second=speed,
+                           sample=sampled(model, ids, val_data.block_size - len(ids)))
+    full, left = about["start"]["widths"], about["result"]["widths"]
+    return about | dict(leftover_wanted=args.leftover, leftover=sum(left) / max(sum(full), 1),
+                        leftover_per_layer=[k / max(m, 1) for k, m in zip(left, full)])
 
 
 def report(metrics, folder):
