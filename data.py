@@ -365,9 +365,11 @@ def read(dataset, split, path, config):
     usual = DATASETS[dataset].get("config")
     folder = Path(path).resolve() if path else download(dataset, config or usual)
     source = str(folder) if path else f"{hub}, commit {folder.name}"
-    for below in (hub, Path(hub).name):
-        if path and (folder / below).is_dir():
+    for below in (hub, Path(hub).name) if path else ():
+        if (folder / below).is_dir():
             raise ValueError(f"--data-path {path} is too high up: {folder / below} would do")
+    if path and set("*?[") & set(str(folder)):
+        raise ValueError(f"*, ? and [ in a folder's name stand for others: rename {folder}")
 
     @contextmanager
     def readable():
@@ -380,11 +382,11 @@ def read(dataset, split, path, config):
             raise ValueError(f"can't read the {split} split of {source}: {reason} (is a file empty "
                              f"or damaged{hint}?)") from error
 
-    def parsed(kept):
-        for file in files:  # each alone, lest its types be turned into those of another
-            rows = datasets.load_dataset(kind, data_files=[str(file)], split="train",
-                                         streaming=True, cache_dir=kept)
-            for table in rows.with_format("arrow").iter(10_000):  # pyarrow's
+    def parsed():
+        for file in files:  # each alone, lest its types be turned into another's, or the README's
+            builder.info.features, builder.config.data_files = None, {split: [file]}
+            rows = builder.as_streaming_dataset(split).with_format("arrow")
+            for table in rows.iter(10_000):  # pyarrow's
                 table = table.flatten()
                 if missing := [name for name in columns if name not in table.column_names]:
                     raise ValueError(f"its columns are {table.column_names}, without {missing}")
@@ -392,8 +394,8 @@ def read(dataset, split, path, config):
 
     def checked():
         number = 0
-        with readable(), TemporaryDirectory() as kept:
-            for number, row in enumerate(wikisql_release(*files) if release else parsed(kept), 1):
+        with readable():
+            for number, row in enumerate(wikisql_release(*files) if release else parsed(), 1):
                 row = [null if value is None else value for value in row]
                 for name, value in zip(columns, row):
                     texts = value if name == "table.header" else [value]
@@ -414,7 +416,9 @@ def read(dataset, split, path, config):
             if datasets.get_dataset_config_names(str(folder)) != ["default"]:
                 config = config or usual
             builder = datasets.load_dataset_builder(str(folder), config, cache_dir=kept)
-            kind, files = builder.name, builder.config.data_files[split]
+            # In CSV files NA is text; a Parquet file of no rows breaks the library's own size.
+            vars(builder.config).update(keep_default_na=False, batch_size=10_000)
+            files = builder.config.data_files[split]
         sizes, digest = {}, hashlib.sha256()
         for file in files:
             name, content = os.path.relpath(file, folder), Path(file).read_bytes()
