@@ -5,13 +5,13 @@
 
 import csv
 import json
-import os
 import sys
 from pathlib import Path
 from statistics import fmean, stdev
 
 import data
 from measure import MEASURES, log_state, read_model
+from model import whole
 from prune import METHODS
 
 DRAWN = {  # method: colour (Okabe and Ito's, which the colour-blind can tell apart) and marker
@@ -155,8 +155,8 @@ def draw(path, panels, styles):
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
     path.parent.mkdir(parents=True, exist_ok=True)
     for suffix in ("png", "pdf"):
-        figure.savefig(f"{path}.tmp", format=suffix, dpi=200)
-        os.replace(f"{path}.tmp", f"{path}.{suffix}")
+        with whole(path.with_name(f"{path.name}.{suffix}")) as file:
+            figure.savefig(file, format=suffix, dpi=200)
     print(f"{path}.png")
 
 
