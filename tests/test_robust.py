@@ -1,5 +1,5 @@
-"""What happens to a run around the program: its data change, its files are damaged, the disk is full,
-nobody reads, somebody is impatient. One line says so, and nothing is lost."""
+"""What happens around a run: its data change, its files are damaged, the disk is full, nobody reads,
+somebody is impatient. One line says so, and nothing is lost."""
 
 import hashlib
 import json
