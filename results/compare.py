@@ -6,7 +6,6 @@
 import csv
 import json
 import math
-import os
 import sys
 import textwrap
 import time
@@ -18,7 +17,7 @@ import torch
 
 import data
 from measure import MEASURES, dense_run, log_state, mean_loss, read_model
-from model import GPT
+from model import GPT, whole
 from prune import METHODS
 
 DRAWN = {  # method: colour (Okabe and Ito's, which the colour-blind can tell apart) and marker
@@ -249,8 +248,8 @@ def draw(path, panels, styles):
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
     path.parent.mkdir(parents=True, exist_ok=True)
     for suffix in ("png", "pdf"):
-        figure.savefig(f"{path}.tmp", format=suffix, dpi=200)
-        os.replace(f"{path}.tmp", f"{path}.{suffix}")
+        with whole(path.with_name(f"{path.name}.{suffix}")) as file:
+            figure.savefig(file, format=suffix, dpi=200)
     print(f"{path}.png")
 
 

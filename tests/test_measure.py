@@ -170,6 +170,22 @@ def test_what_is_in_the_span_of_others_is_not_unique_though_its_cosines_are_smal
     assert measure.span_residuals(h.T @ h).max() < 1e-3  # more neurons than tokens
 
 
+def test_too_few_tokens_give_no_span_uniqueness_and_it_is_said_how_to_have_more(capsys):
+    Cs = [h.T @ h for h in (normal(60, 10), normal(60, 30))]
+    assert measure.redundancy(Cs, 60)[0] == measure.redundancy(Cs)[0]
+    fewer = measure.redundancy(Cs, 59)[0]
+    assert fewer["span_uniqueness"] is None and fewer["uniqueness"] > 0
+    save("small")  # with 64 neurons a layer
+    for examples, enough in (1, False), (2, True):
+        main(*"small --dataset stdlib --block-size 64 --device cpu --examples".split(), examples)
+        values = json.loads(Path("small/measure.json").read_text())["values"]
+        assert (values["span_uniqueness"] is not None) == enough
+        assert ("raise --examples" in capsys.readouterr().out) != enough
+    fake("run", "gum", value=0.5)  # whose span uniqueness is None
+    assert "| GUM | - |" in table_of(capsys, "run", "--metric", "span_uniqueness")
+    main("figures", "run")
+
+
 # Exact match and texts.
 
 
@@ -485,7 +501,8 @@ def test_every_method_has_its_own_look_also_a_new_one(fakes, monkeypatch, capsys
     ("table fake --metric speed", "speed perplexity"),
     ("table cut", "cut/measure.json damaged remove"),
     ("empty --dataset stdlib", "empty config.json"),
-    ("unfinished", "unfinished finished --resume")])
+    ("unfinished", "unfinished finished --resume"),
+    ("tabel fake", "tabel evaluate, table, figures, sample")])
 def test_a_mistake_gets_one_line_and_status_2(words, says, capsys):
     save("small")
     fake("fake", "gum")
@@ -503,6 +520,11 @@ def test_a_mistake_gets_one_line_and_status_2(words, says, capsys):
     assert list(Path().glob("*/measure.json")) == [Path("cut/measure.json")]
 
 
-def test_help_is_no_mistake(capsys):
-    assert pytest.raises(SystemExit, main, "--help").value.code == 0
-    assert "measure.py table" in capsys.readouterr().out
+@pytest.mark.parametrize("words,usage,says", [
+    ("--help", "evaluate", "measure.py [evaluate] out/RUN"), ("figures --help", "figures", "--out"),
+    ("evaluate --help", "evaluate", "--split"), ("table --help", "table", "--metric"),
+    ("sample --help", "sample", "--prompt")])
+def test_help_is_no_mistake(words, usage, says, capsys):
+    assert pytest.raises(SystemExit, main, *words.split()).value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: measure.py {usage} [-h]") and says in out

@@ -1,5 +1,6 @@
 """A run from its command line to its folder: what it leaves, loses, and says to mistakes."""
 
+import io
 import json
 import math
 import os
@@ -7,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from unittest.mock import Mock
@@ -401,7 +402,13 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(capsys, monkeyp
     ("--steps 9 --epochs 1", "--steps|--epochs|one of them"), ("--methd gum", "--methd"),
     ("--method none --leftover 0.5", "--leftover|--method none"), ("--out small", "small|--out"),
     ("--method soft --scope global", "--scope"), ("--teacher small", "--teacher|--distill"),
-    ("--method random --lambda-gum 1", "--lambda-gum"), ("--model empty", "empty|config.json"),
+    ("--method random --lambda-gum 1", "--lambda-gum"),
+    *((f"--method {method} {flag} 1", f"{flag} means nothing with --method {method}")
+      for method, flag in (("random", "--mask-lr"), ("magnitude", "--lambda-mvp"), ("gum", "--tau"),
+                           ("topv", "--lambda-sim"), ("soft", "--lambda-sim"))),
+    ("--distill --alpha-ce 0 --alpha-kd 0", "--alpha-ce 0 with --alpha-kd 0"),
+    ("--model small --dataset toysql --batch-size 20001", "--batch-size 20001|20000 sequences"),
+    ("--model empty", "empty|config.json"),
     ("--method topv --sim-tokens 8", "--sim-tokens|gum"), ("--block-size 257", "257|256"),
     ("--distill --label-smoothing 0.1", "--label-smoothing"),
     ("--compile --gradient-checkpointing", "--compile|--gradient-checkpointing"),
@@ -425,6 +432,32 @@ def test_a_mistake_gets_one_line_and_status_2_and_leaves_nothing(flags, says, ca
     assert_fails(capsys, flags, says)
     assert not Path("out").exists()
     assert {path: path.read_bytes() for path in Path("small").iterdir()} == before
+
+
+@pytest.mark.parametrize("method,scope,none,one", [  # each layer's 64 neurons, or all 128
+    *((method, "layer", 0.0078, 0.0079) for method in PRUNING),
+    *((method, "global", 0.0039, 0.00391) for method in PRUNING if method != "soft")])
+def test_a_leftover_of_no_neuron_at_all_is_a_mistake_and_of_one_is_not(
+        method, scope, none, one, capsys):
+    how = "--tau 0.9999 --mask-lr 0.1" if method == "soft" else f"--scope {scope}"
+    flags = f"{SMALL} --out run --steps 2 --method {method} {how} --leftover"
+    assert_fails(capsys, f"{flags} {none}", f"--leftover {none} of 128 neurons is none")
+    assert not Path("run").exists() and program(capsys, f"{flags} {one}")[0] == 0
+    assert sum(GPT.from_pretrained("run").config.mlp_widths) == (2 if scope == "layer" else 1)
+
+
+def test_a_micro_batch_too_large_for_the_memory_is_a_mistake(capsys, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: 1000)  # so many pages of so many bytes
+    flags = f"{SMALL} --batch-size 64 --steps 2 --out run"  # 4 B an activation: over 2 MB
+    assert_fails(capsys, flags, "micro-batches of 64 sequences|--accumulate")
+    assert not Path("run").exists() and program(capsys, f"{flags} --accumulate 8")[0] == 0
+
+
+def test_the_progress_bar_is_named_in_a_few_words(monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(train, "tqdm", partial(train.tqdm, file=shown, disable=False))
+    run("--method topv --leftover 0.5 --weight-decay 0.2")
+    assert set(re.findall(r"\r([^:]*): +\d+%", shown.getvalue())) == {"topv 50%"}
 
 
 def test_a_model_without_neurons_can_only_be_fine_tuned(capsys):
