@@ -70,10 +70,14 @@ def load(dataset, split, vocab_size, block_size, path=None, config=None):
         if len(tokens) < max(block_size, 2):
             raise ValueError(f"{dataset} {split} has {len(tokens)} tokens: lower --block-size")
         blocks = Blocks(tokens, block_size, tok.eot)
-        count = int((tokens == tok.eot).sum()) + 1
-        blocks.about = about | dict(documents=count, tokens=len(tokens))
+        documents = int((tokens == tok.eot).sum()) + 1
+        blocks.about = about | dict(documents=documents, tokens=len(tokens))
         return blocks
-    pairs, about = hub_pairs(dataset, split, path, config) if hub else toysql(split)
+    if hub:
+        rows, about = read(dataset, split, path, config)
+        pairs = [DATASETS[dataset]["pair"](*row) for row in rows]
+    else:
+        pairs, about = toysql(split)
     examples = Examples(pairs, block_size, tok)
     sizes = examples.sizes
     examples.about = about | dict(rows=len(sizes), tokens=sum(sizes))
@@ -276,19 +280,13 @@ def cached(file, documents, tok):
             Path(beside, "tokens").write_bytes(tokens.tobytes() + crc)
             Path(beside, "tokens").replace(file)
     except OSError as error:
-        raise OSError(f"can't keep tokens in {file.parent} ({error.strerror}): make room there, or "
-                      "name another place by XDG_CACHE_HOME") from error
+        raise OSError(f"can't keep tokens in {file.parent} ({error.strerror}): name another place "
+                      "by XDG_CACHE_HOME") from error
     return tokens
 
 
 # Prompts and targets. GPT-2's tokenizer joins no letter with the newline that ends a prompt: so the
 # two, encoded apart, are the tokens of the whole text.
-
-
-def hub_pairs(dataset, split, path, config):
-    """wikisql, samsum or e2e: (its pairs of prompt and target, about them)."""
-    rows, about = read(dataset, split, path, config)
-    return [DATASETS[dataset]["pair"](*row) for row in rows], about
 
 
 def sql_prompt(header, question):
@@ -419,6 +417,9 @@ def read(dataset, split, path, config):
             # In CSV files NA is text; a Parquet file of no rows breaks the library's own size.
             vars(builder.config).update(keep_default_na=False, batch_size=10_000)
             files = builder.config.data_files[split]
+            for number in re.findall(r"-of-(\d+)\.", " ".join(files)):
+                if int(number) != len(files):
+                    raise ValueError(f"{len(files)} files are there of {int(number)}")
         sizes, digest = {}, hashlib.sha256()
         for file in files:
             name, content = os.path.relpath(file, folder), Path(file).read_bytes()

@@ -6,7 +6,6 @@ an interrupted run (of one process) goes on as if it had not been.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -230,7 +229,7 @@ def restore(file, progress, parts, args):
         with zipfile.ZipFile(file) as zipped:
             damaged = zipped.testzip()  # torch does not look at checksums
         content = torch.load(file, map_location="cpu", weights_only=True)
-        if damaged or content["of"] != [measure.FORMAT, settings_of(args)]:
+        if damaged or content.get("of") != [measure.FORMAT, settings_of(args)]:
             raise ValueError
         vars(progress).update(content["progress"])
         for name, part in parts.items():
@@ -450,7 +449,6 @@ def finished(out):
 # The flags. Defaults are the paper's (Appendix F) or its released code's; what depends on others
 # is in `resolve`. `tiny`, trained from scratch, has some of its own.
 
-
 BLOCK_SIZE = dict(stdlib=64, toysql=256, wikisql=512, e2e=512, wikitext=1024, samsum=1024)  # tokens
 USUAL = defaults_of("topv")
 FLAGS = {
@@ -591,7 +589,7 @@ def resolve(flags):
                   for name, value in given.items() if name not in unsaid and value != usual[name]]
         parts, end = [re.sub(r"[^\w.=+-]", "_", part) for part in parts], f"seed{args.seed}"
         if len("-".join([*parts, end])) > 60:  # the rest is in settings.json and metrics.json
-            end = hashlib.sha256("-".join(parts).encode()).hexdigest()[:8] + "-" + end
+            end = f"{measure.checksum(parts):08x}-{end}"
             while len("-".join([*parts, end])) > 60:
                 parts.pop()
         args.out = str(Path("out") / "-".join([*parts, end]))
