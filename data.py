@@ -48,8 +48,8 @@ DATASETS = {
 def load(dataset, split, vocab_size, block_size, path=None, config=None):
     """A split ("train" or "validation") as `Blocks` or `Examples` of at most `block_size` tokens.
 
-    `path`, a folder, replaces the Hub; `config` names a configuration. Their `about` tells these
-    data from all others: source, files with their bytes, sha256, documents or rows, tokens. Raises
+    `path`, a folder, replaces the Hub; `config` names a configuration. `about` of it tells these
+    data from others: source, files and their bytes, sha256, documents or rows, tokens. Raises
     ValueError or OSError for a user's mistake, in one line that says what would work.
     """
     if dataset not in DATASETS:
@@ -376,9 +376,7 @@ def read(dataset, split, path, config):
         except Exception as error:  # the library's, a parser's: nobody lists them
             name = "" if type(error) is ValueError else type(error).__name__
             reason = " ".join(f"{name} {error} {error.__cause__ or ''}".split())
-            hint = f", or --data-config {config} wrong" * bool(config)
-            raise ValueError(f"can't read the {split} split of {source}: {reason} (is a file empty "
-                             f"or damaged{hint}?)") from error
+            raise ValueError(f"can't read the {split} split of {source}: {reason}") from error
 
     def parsed():
         for file in files:  # each alone, lest its types be turned into another's, or the README's

@@ -52,13 +52,7 @@ class GPTConfig:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
 
 
-NEO = dict(model_type="gpt_neo", n_positions=2048, attn_scaled=False, qkv_bias=False)
-SHAPES = {  # models whose shape is known without asking the Hub
-    "tiny": dict(vocab_size=257, n_positions=256, n_embd=128, n_layer=4, n_head=4),  # reads bytes
-    "gpt2": dict(),
-    "EleutherAI/gpt-neo-125m": dict(NEO, windows=(None, 256) * 6),
-    "EleutherAI/gpt-neo-1.3B": dict(NEO, n_embd=2048, n_layer=24, n_head=16,
-                                    windows=(None, 256) * 12)}
+TINY = dict(vocab_size=257, n_positions=256, n_embd=128, n_layer=4, n_head=4)  # reads bytes
 
 
 def attention_mask(queries, keys, window, start, device):

@@ -43,7 +43,7 @@ from tqdm import tqdm
 import data
 import measure
 from measure import ABOVE_0, AT_LEAST_0, SHARE, Flag, flag_of
-from model import GPT, SHAPES, GPTConfig, whole
+from model import GPT, TINY, GPTConfig, whole
 from prune import METHODS, HeadLoss, Pruner, defaults_of, lr_factor, shrink, v_at
 from results.compare import compare, report
 
@@ -311,7 +311,7 @@ def locked(folder, wait):
         taken = f"another process is at work in {folder}: wait, or name another --out"
         raise ValueError(taken) from error
     with suppress(OSError):  # on Windows, while another process waits for it
-        (folder / ".lock").unlink()  # the run is finished: nobody will make it again
+        (folder / ".lock").unlink()
 
 
 def dense_for(args, flags):
@@ -331,7 +331,7 @@ def load_model(name, args):
     if name != "tiny":
         return GPT.from_pretrained(name).to(args.device)
     torch.manual_seed(args.seed)
-    return GPT(GPTConfig(**SHAPES["tiny"])).to(args.device)
+    return GPT(GPTConfig(**TINY)).to(args.device)
 
 
 def run(flags, implied=False):
@@ -368,8 +368,8 @@ def run(flags, implied=False):
                ) and total:
         raise ValueError(f"--leftover {args.leftover:g} of {total:,} neurons is none at all")
     if not parts <= args.batch_size <= len(train_data):
-        raise ValueError(f"--batch-size {args.batch_size} can't be cut into --accumulate "
-                         f"{args.accumulate} on {PROCESSES} processes, or is more than the "
+        raise ValueError(f"--batch-size {args.batch_size} is less than --accumulate "
+                         f"{args.accumulate} times {PROCESSES} processes, or more than the "
                          f"{len(train_data)} sequences to train on")
     if args.device == "cpu" and hasattr(os, "sysconf"):  # elsewhere torch itself tells
         # The activations that a backward pass takes, at the very least, against all memory.
@@ -439,7 +439,7 @@ def run(flags, implied=False):
 
 
 def finished(out):
-    """The metrics of a finished run; what it took to go on with it is removed."""
+    """The metrics of a finished run; what it took to go on with it goes."""
     if PROCESS == 0:
         for file in ("checkpoint.pt", "settings.json"):
             (out / file).unlink(missing_ok=True)
@@ -455,8 +455,8 @@ FLAGS = {
     "what to run": dict(
         method=Flag(METHODS, "how neurons are chosen: " + "; ".join(
             f"{name}, {method.about}" for name, method in METHODS.items()), "gum"),
-        model=Flag(str, "a Hub name (gpt2, EleutherAI/gpt-neo-125m), a folder in Hugging Face's "
-                   "format, a finished run's, or tiny, which is first trained dense", "tiny"),
+        model=Flag(str, "a Hub name (gpt2, EleutherAI/gpt-neo-125m), a folder in its format, as a "
+                   "run's, or tiny, which is first trained dense", "tiny"),
         seed=Flag(int, "of the initialisation, the data's order and random scores", 0,
                   within="from 0 to 2^31 - 1"),
         out=Flag(str, "the run's folder (default: out/NAME, named from the settings)"),
@@ -490,8 +490,7 @@ FLAGS = {
         tau=Flag(float, "soft movement's final threshold", USUAL["tau"], None, ABOVE_0)),
     "distillation": dict(
         distill=Flag(None, "learn from a dense model, too"),
-        teacher=Flag(str, "its folder or Hub name (default: the dense run of the same data, model "
-                     "and seed)"),
+        teacher=Flag(str, "its folder or Hub name (default: the dense run like this one)"),
         alpha_ce=Flag(float, "weight of the data's loss", 0.5, None, AT_LEAST_0),
         alpha_kd=Flag(float, "weight of the teacher's", 0.5, None, AT_LEAST_0),
         temperature=Flag(float, "of both distributions", 2.0, None, ABOVE_0)),

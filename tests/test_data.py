@@ -237,7 +237,7 @@ def hub_copy(folder, **columns):
 def test_folders_of_the_same_names_and_cards_are_told_apart_by_their_files():
     assert documents(load(**hub_copy("a", text=["one"]))) == ["one"]
     assert documents(load(**hub_copy("b", text=["a second"]))) == ["a second"]
-    for columns, told in [(dict(line=["one"]), "['line'], without ['text']"), ({}, "empty"),
+    for columns, told in [(dict(line=["one"]), "['line'], without ['text']"), ({}, "0 bytes"),
                           (dict(text=pa.array([], pa.string())), "holds no rows")]:
         assert told in mistake(**hub_copy("c", **columns))
 
@@ -551,7 +551,7 @@ MEANINGS = jsonl(*(dict(meaning_representation=n * "a", human_reference="de") fo
     case("a file", "samsum", {"a file": b""}, path="a file"),
     case("HERE", "e2e"),
     case("HERE + validation", "wikitext", {"train.jsonl": jsonl({"text": "only this"})}),
-    case("HERE + damaged", "e2e", {"validation.parquet": b"PAR1 not really"}),
+    case("HERE + Parquet", "e2e", {"validation.parquet": b"PAR1 not really"}),
     case("HERE + validation split + holds no rows", "wikitext", {"validation.parquet": NO_ROWS}),
     case("HERE + validation split + holds no rows", "samsum", {
         "validation.csv": b"dialogue,summary\n"}),

@@ -19,7 +19,8 @@ from transformers import (AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT
                           GPTNeoForCausalLM)
 from transformers.models.gpt_neo import modeling_gpt_neo
 
-from model import GPT, SHAPES, GPTConfig
+from model import GPT, GPTConfig
+from results.bench import SHAPES
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()

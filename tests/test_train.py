@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 
 import data
 import train
-from model import GPT, NEO, GPTConfig
+from model import GPT, GPTConfig
 from prune import METHODS
+from results.bench import NEO
 
 ROOT = Path(__file__).parents[1]
 PRUNING = [method for method in METHODS if method != "none"]
