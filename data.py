@@ -48,9 +48,9 @@ DATASETS = {
 def load(dataset, split, vocab_size, block_size, path=None, config=None):
     """A split ("train" or "validation") as `Blocks` or `Examples` of at most `block_size` tokens.
 
-    `path`, a folder, replaces the Hub; `config` names a configuration. `about` of it tells these
-    data from others: source, files and their bytes, sha256, documents or rows, tokens. Raises
-    ValueError or OSError for a user's mistake, in one line that says what would work.
+    `path`, a folder, replaces the Hub; `config` names a configuration. Its `about` says what data
+    these are: source, files and bytes, sha256, documents or rows, tokens. Raises ValueError or
+    OSError for a user's mistake, in one line that says what would work.
     """
     if dataset not in DATASETS:
         raise ValueError(f"--dataset {dataset} is none of {', '.join(DATASETS)}")
@@ -253,7 +253,7 @@ def wikitext(split, path, config):
 
 
 def sha256(texts):
-    """A hash of all of a list's texts."""
+    """A list's hash."""
     return hashlib.sha256(repr(texts).encode()).hexdigest()
 
 

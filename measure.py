@@ -318,7 +318,6 @@ def measure(path, device, on):
 
 
 def ratio(value, base):
-    """value / base, or None where there is none."""
     return value / base if base and value is not None else None
 
 
@@ -454,7 +453,7 @@ def call(commands, flags, about):
     try:
         commands[name](args)
         sys.stdout.flush()
-    except BrokenPipeError:  # nobody reads on, as after `| head -1`
+    except BrokenPipeError:  # as after `| head -1`
         os._exit(0)
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))

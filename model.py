@@ -48,6 +48,8 @@ class GPTConfig:
             raise ValueError(f"{self.n_layer} layers, {windows} windows, {widths} MLP widths")
         if not all(type(width) is int and width >= 0 for width in self.mlp_widths):
             raise ValueError(f"MLPs can't have {self.mlp_widths} neurons")
+        if not all(w is None or type(w) is int and w > 0 for w in self.windows):
+            raise ValueError(f"windows can't be {self.windows}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
 
@@ -301,8 +303,8 @@ class GPT(nn.Module):
 
 @contextmanager
 def whole(path):
-    """The name to write a file under that is to be at `path`, whole or not at all. Raises OSError,
-    and leaves nothing behind, where there is no room for it."""
+    """The name to write under what is to be at `path`, whole or not at all. Raises OSError, and
+    leaves nothing, where there is no room."""
     beside = path.with_name(path.name + ".tmp")
     try:
         yield beside

@@ -224,7 +224,7 @@ def save(folder, progress, parts, args):
 
 
 def restore(file, progress, parts, args):
-    """Go on from what `save` has written. Raises ValueError if it is damaged, or another run's."""
+    """Go on from what `save` wrote. Raises ValueError if it is damaged, or another run's."""
     try:
         with zipfile.ZipFile(file) as zipped:
             damaged = zipped.testzip()  # torch does not look at checksums
@@ -372,7 +372,7 @@ def run(flags, implied=False):
                          f"{args.accumulate} times {PROCESSES} processes, or more than the "
                          f"{len(train_data)} sequences to train on")
     if args.device == "cpu" and hasattr(os, "sysconf"):  # elsewhere torch itself tells
-        # The activations that a backward pass takes, at the very least, against all memory.
+        # The least that a backward pass takes of activations, against all memory.
         least = 2 * args.batch_size // parts * block_size * sum(
             8 * model.config.n_embd + 2 * m for m in widths)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -394,7 +394,7 @@ def run(flags, implied=False):
     if has_dense and uses_dense:
         measure.check_data(about, measure.read_run(dense).metrics["data"], dense, start_over)
     say(f"data: {train_data.about['source']}" + "".join(
-        f"; {split}: {of['tokens']:,} tokens, sha256 {of['sha256'][:8]}..."
+        f"; {split}: {of['tokens']:,} tokens, sha256 {of['sha256'][:8]}"
         for split, of in about.items()))
 
     out.mkdir(parents=True, exist_ok=True)
@@ -618,7 +618,7 @@ def main():
         if PROCESS == 0:
             report(metrics, resolve(flags).out)
             sys.stdout.flush()
-    except BrokenPipeError:  # nobody reads on, as after `| head -1`
+    except BrokenPipeError:  # as after `| head -1`
         say(f"the model is in {resolve(flags).out}")
         os._exit(0)
     except (ValueError, OSError, FloatingPointError) as error:
@@ -627,7 +627,7 @@ def main():
         if re.search("out of memory|can't allocate memory", str(error)):
             fail("out of memory: try --gradient-checkpointing, a larger --accumulate, or a smaller "
                  "--block-size")
-        lost = "connection|socket|peer|timed out|timeout|nccl"
+        lost = "connection|socket|peer|timed? ?out|nccl"
         if PROCESSES > 1 and re.search(lost, str(error), re.IGNORECASE):
             fail("another process of this job is gone: go on with the same command and --resume")
         raise
