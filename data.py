@@ -68,10 +68,11 @@ def load(dataset, split, vocab_size, block_size, path=None, config=None):
         name = f"{dataset}-{split}-{vocab_size}-3-{about['sha256'][:16]}.bin"
         tokens = cached(cache_folder() / name, documents, tok)
         if len(tokens) < max(block_size, 2):
-            raise ValueError(f"{dataset} {split} has {len(tokens)} tokens: lower --block-size")
+            raise ValueError(f"{dataset} {split} has {len(tokens)} tokens, too few for --block-size "
+                             f"{block_size}")
         blocks = Blocks(tokens, block_size, tok.eot)
-        documents = int((tokens == tok.eot).sum()) + 1
-        blocks.about = about | dict(documents=documents, tokens=len(tokens))
+        blocks.about = about | dict(documents=int((tokens == tok.eot).sum()) + 1,
+                                    tokens=len(tokens))
         return blocks
     if hub:
         rows, about = read(dataset, split, path, config)
@@ -269,14 +270,14 @@ def cached(file, documents, tok):
     """
     if file.exists():
         stored = np.fromfile(file, np.uint8)
-        if stored[-4:].tobytes() == zlib.crc32(stored[:-4]).to_bytes(4, "little"):
+        if stored[-4:].tobytes() == zlib.crc32(stored[:-4], 1).to_bytes(4, "little"):
             return stored[:-4].view(np.uint16)
     ids = (i for document in documents for i in [*tok.encode(document), tok.eot])
     tokens = np.fromiter(ids, np.uint16)[:-1]  # 0.2 GB for WikiText-103
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=file.parent) as beside:  # its own: others may write theirs
-            crc = zlib.crc32(tokens).to_bytes(4, "little")
+            crc = zlib.crc32(tokens, 1).to_bytes(4, "little")  # 1: that of nothing is not 0
             Path(beside, "tokens").write_bytes(tokens.tobytes() + crc)
             Path(beside, "tokens").replace(file)
     except OSError as error:
@@ -304,7 +305,7 @@ def to_sql(header, sel, agg, conds):
 
 def wikisql_release(file, tables):
     """The rows of WikiSQL's own release: train.jsonl or dev.jsonl, with its `tables` beside it."""
-    rows, tables = (map(json.loads, open(path, encoding="utf-8")) for path in (file, tables))
+    rows, tables = (map(json.loads, path.read_bytes().splitlines()) for path in (file, tables))
     headers = {table["id"]: table["header"] for table in tables}
     for row in rows:
         header = headers[row["table_id"]]
@@ -350,8 +351,8 @@ def toysql(split):
 def read(dataset, split, path, config):
     """A split of a data set with files: (its rows, when asked for, about them).
 
-    Rows are tuples of its columns; "table.header" is a nested one. They come from the files as they
-    are now: `datasets` finds and parses them, but nothing that it keeps comes in between.
+    Rows are tuples of its columns; "table.header" is a nested one. They are the files' as they are
+    now: the library finds and parses those, but nothing that it keeps comes in between.
     """
     import datasets  # only here: data sets that need no files do without
     import huggingface_hub
@@ -366,32 +367,36 @@ def read(dataset, split, path, config):
     for below in (hub, Path(hub).name) if path else ():
         if (folder / below).is_dir():
             raise ValueError(f"--data-path {path} is too high up: {folder / below} would do")
-    if path and set("*?[") & set(str(folder)):
+    if set("*?[") & set(str(folder)):
         raise ValueError(f"*, ? and [ in a folder's name stand for others: rename {folder}")
+    if dataset == "wikisql" and any(folder.glob("*.tables.jsonl")):
+        name = "train" if split == "train" else "dev"
+        source = str(folder / f"{name}.jsonl")
+        files = [Path(source), folder / f"{name}.tables.jsonl"]
+        rows = wikisql_release(*files)
+    else:
+        with readable(split, source), TemporaryDirectory() as kept:
+            # A folder that declares no configuration has one, which the library calls "default".
+            if datasets.get_dataset_config_names(str(folder)) != ["default"]:
+                config = config or usual
+            builder = datasets.load_dataset_builder(str(folder), config, cache_dir=kept)
+            files = builder.config.data_files[split]
+        rows = parsed(builder, split, files, columns)
 
-    @contextmanager
-    def readable():
-        try:
-            yield
-        except Exception as error:  # the library's, a parser's: nobody lists them
-            name = "" if type(error) is ValueError else type(error).__name__
-            reason = " ".join(f"{name} {error} {error.__cause__ or ''}".split())
-            raise ValueError(f"can't read the {split} split of {source}: {reason}") from error
-
-    def parsed():
-        for file in files:  # each alone, lest its types be turned into another's, or the README's
-            builder.info.features, builder.config.data_files = None, {split: [file]}
-            rows = builder.as_streaming_dataset(split).with_format("arrow")
-            for table in rows.iter(10_000):  # pyarrow's
-                table = table.flatten()
-                if missing := [name for name in columns if name not in table.column_names]:
-                    raise ValueError(f"its columns are {table.column_names}, without {missing}")
-                yield from zip(*(table[name].to_pylist() for name in columns))
+    def known():
+        """The files' names and bytes, and a hash of all that."""
+        sizes, digest = {}, hashlib.sha256()
+        for file in files:
+            name = Path(os.path.relpath(file, folder)).as_posix()
+            content = Path(file).read_bytes()
+            sizes[name] = len(content)
+            digest.update(f"{name} {len(content)} ".encode() + content)
+        return dict(files=sizes, sha256=digest.hexdigest())
 
     def checked():
         number = 0
-        with readable():
-            for number, row in enumerate(wikisql_release(*files) if release else parsed(), 1):
+        with readable(split, source):
+            for number, row in enumerate(rows, 1):
                 row = [null if value is None else value for value in row]
                 for name, value in zip(columns, row):
                     texts = value if name == "table.header" else [value]
@@ -400,30 +405,39 @@ def read(dataset, split, path, config):
                 yield row
             if not number:
                 raise ValueError("it holds no rows")
+            if known() != about:
+                raise ValueError("its files change while they are read")
 
-    with readable(), TemporaryDirectory() as kept:
-        release = dataset == "wikisql" and any(folder.glob("*.tables.jsonl"))
-        if release:
-            name = "train" if split == "train" else "dev"
-            files = [folder / f"{name}.jsonl", folder / f"{name}.tables.jsonl"]
-            source = str(files[0])
-        else:
-            # A folder that declares no configuration has one, which the library calls "default".
-            if datasets.get_dataset_config_names(str(folder)) != ["default"]:
-                config = config or usual
-            builder = datasets.load_dataset_builder(str(folder), config, cache_dir=kept)
-            # In CSV files NA is text; a Parquet file of no rows breaks the library's own size.
-            vars(builder.config).update(keep_default_na=False, batch_size=10_000)
-            files = builder.config.data_files[split]
-            for number in re.findall(r"-of-(\d+)\.", " ".join(files)):
-                if int(number) != len(files):
-                    raise ValueError(f"{len(files)} files are there of {int(number)}")
-        sizes, digest = {}, hashlib.sha256()
-        for file in files:
-            name, content = os.path.relpath(file, folder), Path(file).read_bytes()
-            sizes[name] = len(content)
-            digest.update(f"{name} {len(content)} ".encode() + content)
-    return checked(), dict(source=source, files=sizes, sha256=digest.hexdigest())
+    with readable(split, source):
+        about = known()
+    return checked(), dict(source=source) | about
+
+
+@contextmanager
+def readable(split, source):
+    """Makes one ValueError of whatever goes wrong in reading."""
+    try:
+        yield
+    except Exception as error:  # the library's, a parser's: nobody lists them
+        name = "" if type(error) is ValueError else type(error).__name__
+        reason = " ".join(f"{name} {error} {error.__cause__ or ''}".split())
+        raise ValueError(f"can't read the {split} split of {source}: {reason}") from error
+
+
+def parsed(builder, split, files, columns):
+    """The rows of `files`, as `builder` of the library `datasets` reads them."""
+    for number in re.findall(r"-of-(\d+)\.", " ".join(map(os.path.basename, files))):
+        if int(number) != len(files):
+            raise ValueError(f"{len(files)} files are there of {int(number)}")
+    # In CSV files NA is text, too; for Parquet files of no rows the library's own size is 0.
+    vars(builder.config).update(keep_default_na=False, batch_size=10_000)
+    for file in files:  # each alone, lest its types be turned into another's, or the README's
+        builder.info.features, builder.config.data_files = None, {split: [file]}
+        for table in builder.as_streaming_dataset(split).with_format("arrow").iter(10_000):
+            table = table.flatten()  # pyarrow's
+            if missing := [name for name in columns if name not in table.column_names]:
+                raise ValueError(f"its columns are {table.column_names}, without {missing}")
+            yield from zip(*(table[name].to_pylist() for name in columns))
 
 
 def download(dataset, config):
@@ -437,6 +451,5 @@ def download(dataset, config):
             hub, repo_type="dataset", revision=revision,
             allow_patterns=["README.md", f"{config}/*"] if config else None))
     except Exception as error:  # whatever went wrong, the way out is the same
-        reason = " ".join(f"{type(error).__name__} {error}".split())
-        raise ConnectionError(f"{hub} is out of reach ({reason}): give --data-path DIR, a copy, "
-                              "or --dataset stdlib or toysql") from error
+        raise ConnectionError(f"{hub} is out of reach ({type(error).__name__}): give --data-path "
+                              "DIR, a copy, or --dataset stdlib or toysql") from error

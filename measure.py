@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import runpy
 import signal
 import sys
 import zlib
@@ -25,17 +24,11 @@ from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
 from typing import NamedTuple
-from unittest.mock import MagicMock
 
-if __name__ == "__main__":  # As in train.py, mistakes are told before torch is imported.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    later = ("torch", "torch.nn", "torch.nn.functional", "torch.nn.utils.rnn",
-             "torch.utils.checkpoint", "torch.distributed", "safetensors.torch")
-    sys.modules |= dict.fromkeys(later, MagicMock())
-    with suppress(Exception):
-        runpy.run_path(__file__)["main"]()
-    for name in (*later, "data", "model", "prune", "measure", "results", "results.compare"):
-        sys.modules.pop(name, None)
+from results import early
+
+if __name__ == "__main__":
+    early.look(__file__, "read_flags")
 
 import torch
 import torch.nn.functional as F
@@ -193,6 +186,7 @@ FORMAT = 1  # of these files: raise it when what they hold changes
 
 
 def checksum(content):
+    """Of a dict, as this version writes it."""
     return zlib.crc32(json.dumps(content, sort_keys=True).encode(), FORMAT)
 
 
@@ -399,7 +393,7 @@ def parse(parser, groups, words):
         if flag.within and value is not None and not RANGES[flag.within](value):
             parser.error(f"{flag_of(name)} {value} is out of range: it must be {flag.within}")
     device = getattr(args, "device", None) or "cpu"
-    if not re.fullmatch("cpu" + r"|cuda(:\d+)?" * torch.cuda.is_available(), device):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?" if torch.cuda.is_available() else "cpu", device):
         parser.error(f"--device {device}: it is cuda or cpu, and without CUDA --device cpu")
     return args
 
@@ -431,41 +425,46 @@ FLAGS = dict(
         tokens=Flag(int, "how many to write at most", 120, None, AT_LEAST_0)))
 
 
-def call(commands, flags, about):
-    """Call which of `commands` the command line names, or the first. A mistake is one line."""
+def command_line(commands, flags, about):
+    """Which of `commands` is named, or the first, its flags, and the parser, whose `error` tells a
+    mistake in one line."""
     words, commands = sys.argv[1:], {command.__name__: command for command in commands}
     named = bool(words) and words[0] in commands
     name = words.pop(0) if named else next(iter(commands))
-    parser = argparse.ArgumentParser(f"{Path(sys.argv[0]).name} {name}",
+    parser = argparse.ArgumentParser(f"{Path(sys.argv[0]).name} {name}", allow_abbrev=False,
                                      description=commands[name].__doc__ if named else about,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.print_usage = lambda file: None  # so that a mistake takes one line
     if words and not named and words[0][0] != "-" and not os.path.exists(words[0]):
         parser.error(f"{words[0]} is no run's folder, and none of {', '.join(commands)}")
     args = parse(parser, {name: flags[name]}, words)
-    if isinstance(torch, MagicMock):  # that was all that can be told without it
-        return
     for flag, one in flags[name].items():
         if getattr(args, flag) is None:
             usual = BEST_DEVICE if flag == "device" else one.default
             setattr(args, flag, usual if one.kind else False)
+    return commands[name], args, parser
+
+
+def call(command, args, parser):
+    """Call it. A user's mistake is one line."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        commands[name](args)
+        command(args)
         sys.stdout.flush()
     except BrokenPipeError:  # as after `| head -1`
-        os._exit(0)
+        os._exit(1)
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def main():
+def read_flags():
     from results import compare
 
-    call((evaluate, compare.table, compare.figures, compare.sample), FLAGS, __doc__)
+    commands = evaluate, compare.table, compare.figures, compare.sample
+    return command_line(commands, FLAGS, __doc__)
 
 
 if __name__ == "__main__":
-    main()
+    call(*read_flags())

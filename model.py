@@ -33,23 +33,23 @@ class GPTConfig:
     attn_scaled: bool = True  # GPT-Neo does not divide its attention logits by sqrt(head size)
     qkv_bias: bool = True  # GPT-Neo's query, key and value have no bias
     windows: tuple = ()  # for each layer, how many tokens it sees, None = all; () = all, everywhere
-    mlp_widths: tuple = ()  # for each layer, the neurons of its MLP, from 0; () = 4 * n_embd each
+    mlp_widths: tuple = ()  # for each layer or all, the neurons of its MLP; () = 4 * n_embd
     layer_norm_epsilon: float = 1e-5
 
     def __post_init__(self):
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
             value = getattr(self, name)
-            if type(value) is not int or not 0 < value < 2**31:
+            if type(value) is not int or not 0 < value < 2**20:
                 raise ValueError(f"{name} is {value!r}, not a whole number from 1 upwards")
         self.windows = tuple(self.windows) or (None,) * self.n_layer
-        self.mlp_widths = tuple(self.mlp_widths) or (4 * self.n_embd,) * self.n_layer
+        self.mlp_widths = tuple(self.mlp_widths) or (4 * self.n_embd,)
+        self.mlp_widths *= self.n_layer if len(self.mlp_widths) == 1 else 1
         windows, widths = len(self.windows), len(self.mlp_widths)
         if not windows == widths == self.n_layer:
             raise ValueError(f"{self.n_layer} layers, {windows} windows, {widths} MLP widths")
-        if not all(type(width) is int and width >= 0 for width in self.mlp_widths):
-            raise ValueError(f"MLPs can't have {self.mlp_widths} neurons")
-        if not all(w is None or type(w) is int and w > 0 for w in self.windows):
-            raise ValueError(f"windows can't be {self.windows}")
+        sizes = *self.mlp_widths, *(w or -1 for w in self.windows if w is not None)
+        if not all(type(size) is int and 0 <= size < 2**31 for size in sizes):
+            raise ValueError(f"layers can't have {self.mlp_widths} neurons, {self.windows} windows")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
 
@@ -201,7 +201,7 @@ class GPT(nn.Module):
 
     def compile_blocks(self):
         """Have torch.compile make kernels for the blocks, for any number of neurons."""
-        # Kernels of all blocks, with and without windows, pruning, gradients, recording:
+        # Kernels for windows, pruning, gradients, recording, or none of them:
         torch._dynamo.config.cache_size_limit = 64
         torch._dynamo.config.optimize_ddp = False  # cuts up graphs; a block is small enough
         for block in self.h:
@@ -229,8 +229,9 @@ class GPT(nn.Module):
             view = wanted.pop(name, None)
             if view is None:
                 left[name] = tensor
-            elif tensor.shape != view.shape or tensor.layout != view.layout:
-                raise ValueError(f"{folder}: {name} is {[*tensor.shape]}, not {[*view.shape]}")
+            elif tensor.shape != view.shape or tensor.is_sparse:
+                raise ValueError(f"{folder}: {name} is {[*tensor.shape]}, not {[*view.shape]}"
+                                 + ", or sparse" * tensor.is_sparse)
             else:
                 view.copy_(tensor)
                 if not view.sum().isfinite():  # without a tensor of its size
@@ -265,10 +266,11 @@ class GPT(nn.Module):
         tensors = {f"transformer.{name}": view.contiguous() for name, view in views.items()}
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with whole(folder / "config.json") as settings, whole(folder / WEIGHTS[0]) as weights:
+        with whole(folder / "config.json") as settings:
             settings.write_text(json.dumps(config_to_hf(config), indent=2) + "\n")
-            safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
-            shutil.copymode(settings, weights)  # safetensors' own is private
+            with whole(folder / WEIGHTS[0]) as weights:
+                safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
+                shutil.copymode(settings, weights)  # safetensors' own is private
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, beams=1,
@@ -305,17 +307,18 @@ class GPT(nn.Module):
 def whole(path):
     """The name to write under what is to be at `path`, whole or not at all. Raises OSError, and
     leaves nothing, where there is no room."""
-    beside = path.with_name(path.name + ".tmp")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may be writing it, too
     try:
         yield beside
         os.replace(beside, path)
     except Exception as error:  # torch's and safetensors' own among them
-        beside.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.__cause__:  # told already, of another file
             raise
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         reason = getattr(reason, "strerror", None) or reason
         raise OSError(f"can't write {path}: {reason}") from error
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 # What config.json calls these fields of ours, and after them the width of all MLPs.
@@ -340,7 +343,7 @@ def read_config(folder):
         kind, gpt2 = hf["model_type"], hf["model_type"] == "gpt2"
         fields = {ours: hf[key] for ours, key in zip(FIELDS, KEYS[kind])}
         width = hf.get(KEYS[kind][-1])
-        widths = hf.get("mlp_widths") or (() if width is None else (width,) * fields["n_layer"])
+        widths = hf.get("mlp_widths") or (() if width is None else (width,))
         layers = [] if gpt2 else [name for names, n in hf["attention_types"] for name in names * n]
         windows = [hf.get("window_size", 256) if name == "local" else None for name in layers]
         return GPTConfig(hf["vocab_size"], **fields, model_type=kind, qkv_bias=gpt2,
@@ -417,11 +420,10 @@ def read_tensors(folder):
 
 def download(name):
     """The folder in Hugging Face's cache with the model `name` of the Hub, fetched if need be."""
-    known = "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"
-    parent = os.path.isdir(os.path.dirname(name))  # out/mistyped is no name on the Hub
     missing = f"no model {name!r}: there is no such folder, and "
-    if name not in known and (parent or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)):
-        raise FileNotFoundError(f"{missing}a Hub's name is owner/name or one of {', '.join(known)}")
+    known = r"(distil)?gpt2(-medium|-large|-xl)?|\w[\w.-]*/\w[\w.-]*"
+    if os.path.isdir(os.path.dirname(name)) or not re.fullmatch(known, name):  # like out/mistyped
+        raise FileNotFoundError(f"{missing}a Hub's name is owner/name or like gpt2-medium")
     import huggingface_hub  # comes with `datasets`
 
     try:

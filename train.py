@@ -11,28 +11,22 @@ import math
 import os
 import platform
 import re
-import runpy
 import shlex
 import signal
 import sys
 import time
 import zipfile
+import zlib
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import MagicMock
 
-if __name__ == "__main__":  # before torch is imported, which takes seconds
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback
-    later = ("torch", "torch.nn", "torch.nn.functional", "torch.nn.parallel", "torch.nn.utils.rnn",
-             "torch.utils.checkpoint", "torch.distributed", "safetensors.torch")
-    sys.modules |= dict.fromkeys(later, MagicMock())
-    with suppress(Exception):  # without these, mistakes in flags can be told
-        runpy.run_path(__file__)["parse"]()
-    for name in (*later, "data", "measure", "model", "prune", "results", "results.compare"):
-        sys.modules.pop(name, None)
+from results import early
+
+if __name__ == "__main__":
+    early.look(__file__, "parse")
 
 import torch
 import torch.distributed as dist
@@ -224,18 +218,19 @@ def save(folder, progress, parts, args):
 
 
 def restore(file, progress, parts, args):
-    """Go on from what `save` wrote. Raises ValueError if it is damaged, or another run's."""
+    """Go on from what `save` wrote. Raises ValueError where that can't be."""
     try:
         with zipfile.ZipFile(file) as zipped:
             damaged = zipped.testzip()  # torch does not look at checksums
         content = torch.load(file, map_location="cpu", weights_only=True)
         if damaged or content.get("of") != [measure.FORMAT, settings_of(args)]:
-            raise ValueError
+            raise ValueError("a wrong checksum, or other settings")
         vars(progress).update(content["progress"])
         for name, part in parts.items():
             part.load_state_dict(content[name])
     except Exception as error:  # torch has several exceptions for a damaged file
-        raise ValueError(f"{file} is damaged, or another run's: remove {file.parent} and start over"
+        raise ValueError(f"can't go on from {file} ({type(error).__name__} {error}): if it is "
+                         f"damaged, or another run's, remove {file.parent} and start over"
                          ) from error
 
 
@@ -269,6 +264,9 @@ def log(folder, progress, record, bar):
 # A whole run: check, load, train, shrink, save, compare.
 
 
+START_OVER = "to use these, move it away"
+
+
 def settings_of(args):
     """What decides the result: not where and how often something is written."""
     return {name: value for name, value in vars(args).items() if name not in
@@ -281,8 +279,8 @@ def check_folder(args):
     out = Path(args.out)
     found = measure.read_run(out) if out.is_dir() else None
     state = found.state if found else "new"
-    started = {".lock", "settings.json.tmp"}  # by a process that was killed at once
-    if state == "new" and out.exists() and not (found and set(os.listdir(out)) <= started):
+    if state == "new" and out.exists() and not (found and all(
+            name.endswith((".lock", ".tmp")) for name in os.listdir(out))):  # it was killed at once
         raise ValueError(f"{out} exists and is no run's folder: name another with --out")
     if args.resume:
         if state == "new":
@@ -372,9 +370,9 @@ def run(flags, implied=False):
                          f"{args.accumulate} times {PROCESSES} processes, or more than the "
                          f"{len(train_data)} sequences to train on")
     if args.device == "cpu" and hasattr(os, "sysconf"):  # elsewhere torch itself tells
-        # The least that a backward pass takes of activations, against all memory.
-        least = 2 * args.batch_size // parts * block_size * sum(
-            8 * model.config.n_embd + 2 * m for m in widths)
+        # The least that activations take, against all memory.
+        tokens = args.batch_size / parts * about["train"]["tokens"] / len(train_data)
+        least = 2 * tokens * sum(8 * model.config.n_embd + 2 * m for m in widths)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if least > memory and not args.gradient_checkpointing:
             raise ValueError(f"a step takes over {least / 1e9:.0f} GB, and this machine has "
@@ -387,12 +385,10 @@ def run(flags, implied=False):
             raise ValueError(f"the teacher has a vocabulary of {known.vocab_size}, a context of "
                              f"{known.n_positions}, not {vocab_size} and {block_size}")
     steps = args.steps or max(1, round(args.epochs * len(train_data) / args.batch_size))
-    start_over = "to use these, remove it"
-    if (out / "checkpoint.pt").exists():
-        measure.check_data(about, measure.read_run(out).settings["data"], out, start_over)
+    measure.check_data(about, told_by_first(lambda: about), "process 0", "give all the same")
     uses_dense = source == dense or args.distill and not args.teacher
     if has_dense and uses_dense:
-        measure.check_data(about, measure.read_run(dense).metrics["data"], dense, start_over)
+        measure.check_data(about, measure.read_run(dense).metrics["data"], dense, START_OVER)
     say(f"data: {train_data.about['source']}" + "".join(
         f"; {split}: {of['tokens']:,} tokens, sha256 {of['sha256'][:8]}"
         for split, of in about.items()))
@@ -401,12 +397,17 @@ def run(flags, implied=False):
     with locked(out, wait=implied) if PROCESS == 0 else nullcontext():
         if told_by_first((out / "metrics.json").exists):  # another command has finished it
             return finished(out)
+        if (out / "checkpoint.pt").exists():
+            measure.check_data(about, measure.read_run(out).settings["data"], out, START_OVER)
         if PROCESS == 0:
+            for left in out.glob("*.tmp"):  # by a process that was killed
+                left.unlink()
             measure.write_json(out / "settings.json", settings_of(args) | dict(data=about))
         if tiny and not has_dense and uses_dense:
             say(f"first the dense model, in {dense}")
-            dense_flags.resume = dense.is_dir() and measure.read_run(dense).state != "new" or None
-            run(dense_flags, implied=True)
+            dense_flags.resume = dense.is_dir() and measure.read_run(dense).state != "new"
+            made = run(dense_flags, implied=True)  # perhaps by another command, meanwhile
+            measure.check_data(about, made["data"], dense, START_OVER)
         model = model if source == args.model else load_model(source, args)
         if args.distill:
             say(f"teacher: {args.teacher or dense}")
@@ -439,7 +440,7 @@ def run(flags, implied=False):
 
 
 def finished(out):
-    """The metrics of a finished run; what it took to go on with it goes."""
+    """A finished run's metrics; what it took to go on with it goes."""
     if PROCESS == 0:
         for file in ("checkpoint.pt", "settings.json"):
             (out / file).unlink(missing_ok=True)
@@ -544,7 +545,7 @@ def check_together(args):
     for flag, fit in fits.items():
         if getattr(args, flag) is not None and not fit:
             needs = ("without --distill" if flag in FLAGS["distillation"] else
-                     f"with --method {name}" + " --lambda-gum 0" * ("sim" in flag))
+                     f"with --method {name}" + " --lambda-gum 0" * (unique == 0))
             fail(f"{flag_of(flag)} means nothing {needs}")
     if args.alpha_ce == args.alpha_kd == 0:
         fail("--alpha-ce 0 with --alpha-kd 0 trains nothing")
@@ -588,7 +589,7 @@ def resolve(flags):
                   for name, value in given.items() if name not in unsaid and value != usual[name]]
         parts, end = [re.sub(r"[^\w.=+-]", "_", part) for part in parts], f"seed{args.seed}"
         if len("-".join([*parts, end])) > 60:  # the rest is in settings.json and metrics.json
-            end = f"{measure.checksum(parts):08x}-{end}"
+            end = f"{zlib.crc32('-'.join(parts).encode()):08x}-{end}"
             while len("-".join([*parts, end])) > 60:
                 parts.pop()
         args.out = str(Path("out") / "-".join([*parts, end]))
@@ -625,7 +626,7 @@ def main():
         fail(error)
     except RuntimeError as error:  # torch has no exceptions of its own for these
         if re.search("out of memory|can't allocate memory", str(error)):
-            fail("out of memory: try --gradient-checkpointing, a larger --accumulate, or a smaller "
+            fail("out of memory: try --accumulate, --gradient-checkpointing or a smaller "
                  "--block-size")
         lost = "connection|socket|peer|timed? ?out|nccl"
         if PROCESSES > 1 and re.search(lost, str(error), re.IGNORECASE):

@@ -294,7 +294,7 @@ FLAGS = dict(
 
 
 def main():
-    measure.call((steps, generation), FLAGS, __doc__)
+    measure.call(*measure.command_line((steps, generation), FLAGS, __doc__))
 
 
 if __name__ == "__main__":

@@ -253,7 +253,7 @@ def draw(path, panels, styles):
     print(f"{path}.png")
 
 
-def redundancy(runs, how, kind):
+def redundancy_panels(runs, how, kind):
     """Panels of sensitivity and uniqueness against leftover: figures 1 and 2 (`kind` "ratios", to
     the dense run), 5 and 6 ("values")."""
     names = {name: MEASURES[name] for name in ("sensitivity", "uniqueness", "span_uniqueness")}
@@ -264,7 +264,7 @@ def redundancy(runs, how, kind):
             for name, title in names.items()}
 
 
-def similarity(runs):
+def similarity_panels(runs):
     """Figure 3, a panel for each layer: its neurons by their largest |cos| to another one."""
     panels = {}
     for run in runs:
@@ -321,9 +321,9 @@ def figures(args):
             how = "with distillation" if distill else "without distillation"
             suffix = f"-{leftover:g}" + "-distilled" * distill
             shown = [run for run in runs if run.method == "none" or run.distill == distill]
-            ratios |= redundancy(shown, how, "ratios")
-            values |= redundancy(shown, how, "values")
-            save("similarity" + suffix, similarity(dense + alike))
+            ratios |= redundancy_panels(shown, how, "ratios")
+            values |= redundancy_panels(shown, how, "values")
+            save("similarity" + suffix, similarity_panels(dense + alike))
             if alike:
                 save("training" + suffix, training(alike))
                 layers[f"leftover {leftover:g}, {how}", "layer", "share of neurons left"] = [

@@ -248,7 +248,7 @@ def save(folder, kind="gpt2", widths=(), scale=2.0):
 def main(*words):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(sys, "argv", ["measure.py", *map(str, words)])
-        measure.main()
+        measure.call(*measure.read_flags())
 
 
 def evaluate(*words):
