@@ -48,9 +48,9 @@ DATASETS = {
 def load(dataset, split, vocab_size, block_size, path=None, config=None):
     """A split ("train" or "validation") as `Blocks` or `Examples` of at most `block_size` tokens.
 
-    `path`, a folder, replaces the Hub; `config` names a configuration. Their `about` tells these
-    data from all others: source, files with their bytes, sha256, documents or rows, tokens. Raises
-    ValueError or OSError for a user's mistake, in one line that says what would work.
+    `path`, a folder, replaces the Hub; `config` names a configuration. Its `about` says what data
+    these are: source, files and bytes, sha256, documents or rows, tokens. Raises ValueError or
+    OSError for a user's mistake, in one line that says what would work.
     """
     if dataset not in DATASETS:
         raise ValueError(f"--dataset {dataset} is none of {', '.join(DATASETS)}")
@@ -70,10 +70,14 @@ def load(dataset, split, vocab_size, block_size, path=None, config=None):
         if len(tokens) < max(block_size, 2):
             raise ValueError(f"{dataset} {split} has {len(tokens)} tokens: lower --block-size")
         blocks = Blocks(tokens, block_size, tok.eot)
-        count = int((tokens == tok.eot).sum()) + 1
-        blocks.about = about | dict(documents=count, tokens=len(tokens))
+        documents = int((tokens == tok.eot).sum()) + 1
+        blocks.about = about | dict(documents=documents, tokens=len(tokens))
         return blocks
-    pairs, about = hub_pairs(dataset, split, path, config) if hub else toysql(split)
+    if hub:
+        rows, about = read(dataset, split, path, config)
+        pairs = [DATASETS[dataset]["pair"](*row) for row in rows]
+    else:
+        pairs, about = toysql(split)
     examples = Examples(pairs, block_size, tok)
     sizes = examples.sizes
     examples.about = about | dict(rows=len(sizes), tokens=sum(sizes))
@@ -249,7 +253,7 @@ def wikitext(split, path, config):
 
 
 def sha256(texts):
-    """A hash of all of a list's texts."""
+    """A list's hash."""
     return hashlib.sha256(repr(texts).encode()).hexdigest()
 
 
@@ -276,19 +280,13 @@ def cached(file, documents, tok):
             Path(beside, "tokens").write_bytes(tokens.tobytes() + crc)
             Path(beside, "tokens").replace(file)
     except OSError as error:
-        raise OSError(f"can't keep tokens in {file.parent} ({error.strerror}): make room there, or "
-                      "name another place by XDG_CACHE_HOME") from error
+        raise OSError(f"can't keep tokens in {file.parent} ({error.strerror}): name another place "
+                      "by XDG_CACHE_HOME") from error
     return tokens
 
 
 # Prompts and targets. GPT-2's tokenizer joins no letter with the newline that ends a prompt: so the
 # two, encoded apart, are the tokens of the whole text.
-
-
-def hub_pairs(dataset, split, path, config):
-    """wikisql, samsum or e2e: (its pairs of prompt and target, about them)."""
-    rows, about = read(dataset, split, path, config)
-    return [DATASETS[dataset]["pair"](*row) for row in rows], about
 
 
 def sql_prompt(header, question):
@@ -361,13 +359,15 @@ def read(dataset, split, path, config):
     for library in datasets, huggingface_hub.utils:
         library.disable_progress_bars()
         library.logging.set_verbosity(library.logging.CRITICAL)
-    known = DATASETS[dataset]
-    hub, columns = known["hub"], known["columns"]
-    folder = Path(path).resolve() if path else download(known, config)
+    hub, columns, null = map(DATASETS[dataset].get, ("hub", "columns", "null"))
+    usual = DATASETS[dataset].get("config")
+    folder = Path(path).resolve() if path else download(dataset, config or usual)
     source = str(folder) if path else f"{hub}, commit {folder.name}"
-    for below in (hub, Path(hub).name):
-        if path and (folder / below).is_dir():
+    for below in (hub, Path(hub).name) if path else ():
+        if (folder / below).is_dir():
             raise ValueError(f"--data-path {path} is too high up: {folder / below} would do")
+    if path and set("*?[") & set(str(folder)):
+        raise ValueError(f"*, ? and [ in a folder's name stand for others: rename {folder}")
 
     @contextmanager
     def readable():
@@ -376,31 +376,27 @@ def read(dataset, split, path, config):
         except Exception as error:  # the library's, a parser's: nobody lists them
             name = "" if type(error) is ValueError else type(error).__name__
             reason = " ".join(f"{name} {error} {error.__cause__ or ''}".split())
-            hint = f", or --data-config {config} wrong" * bool(config)
-            raise ValueError(f"can't read the {split} split of {source}: {reason} (is a file empty "
-                             f"or damaged{hint}?)") from error
+            raise ValueError(f"can't read the {split} split of {source}: {reason}") from error
 
-    def parsed(file, kept):
-        # Each file alone, lest its types be turned into those of another.
-        rows = datasets.load_dataset(kind, data_files=[str(file)], split="train", streaming=True,
-                                     cache_dir=kept)
-        for table in rows.with_format("arrow").iter(10_000):  # pyarrow's
-            table = table.flatten()
-            if missing := [column for column in columns if column not in table.column_names]:
-                raise ValueError(f"its columns are {table.column_names}, without {missing}")
-            yield from zip(*(table[column].to_pylist() for column in columns))
+    def parsed():
+        for file in files:  # each alone, lest its types be turned into another's, or the README's
+            builder.info.features, builder.config.data_files = None, {split: [file]}
+            rows = builder.as_streaming_dataset(split).with_format("arrow")
+            for table in rows.iter(10_000):  # pyarrow's
+                table = table.flatten()
+                if missing := [name for name in columns if name not in table.column_names]:
+                    raise ValueError(f"its columns are {table.column_names}, without {missing}")
+                yield from zip(*(table[name].to_pylist() for name in columns))
 
     def checked():
-        with readable(), TemporaryDirectory() as kept:
-            rows = wikisql_release(*files) if release else (
-                row for file in files for row in parsed(file, kept))
-            number = 0
-            for number, row in enumerate(rows, 1):
-                row = [known.get("null") if value is None else value for value in row]
-                for column, value in zip(columns, row):
-                    texts = value if column == "table.header" else [value]
+        number = 0
+        with readable():
+            for number, row in enumerate(wikisql_release(*files) if release else parsed(), 1):
+                row = [null if value is None else value for value in row]
+                for name, value in zip(columns, row):
+                    texts = value if name == "table.header" else [value]
                     if not (isinstance(texts, list) and all(isinstance(x, str) for x in texts)):
-                        raise ValueError(f"column {column} is {value!r:.60} in row {number}")
+                        raise ValueError(f"column {name} is {value!r:.60} in row {number}")
                 yield row
             if not number:
                 raise ValueError("it holds no rows")
@@ -414,9 +410,14 @@ def read(dataset, split, path, config):
         else:
             # A folder that declares no configuration has one, which the library calls "default".
             if datasets.get_dataset_config_names(str(folder)) != ["default"]:
-                config = config or known.get("config")
+                config = config or usual
             builder = datasets.load_dataset_builder(str(folder), config, cache_dir=kept)
-            kind, files = builder.name, builder.config.data_files[split]
+            # In CSV files NA is text; a Parquet file of no rows breaks the library's own size.
+            vars(builder.config).update(keep_default_na=False, batch_size=10_000)
+            files = builder.config.data_files[split]
+            for number in re.findall(r"-of-(\d+)\.", " ".join(files)):
+                if int(number) != len(files):
+                    raise ValueError(f"{len(files)} files are there of {int(number)}")
         sizes, digest = {}, hashlib.sha256()
         for file in files:
             name, content = os.path.relpath(file, folder), Path(file).read_bytes()
@@ -425,15 +426,15 @@ def read(dataset, split, path, config):
     return checked(), dict(source=source, files=sizes, sha256=digest.hexdigest())
 
 
-def download(known, config):
+def download(dataset, config):
     """The folder of a Hub's data set in Hugging Face's cache, fetched if need be."""
     import huggingface_hub
 
-    hub, config = known["hub"], config or known.get("config")
+    hub, revision = map(DATASETS[dataset].get, ("hub", "revision"))
     print(f"reading {hub} from the Hub", file=sys.stderr)
     try:
         return Path(huggingface_hub.snapshot_download(
-            hub, repo_type="dataset", revision=known.get("revision"),
+            hub, repo_type="dataset", revision=revision,
             allow_patterns=["README.md", f"{config}/*"] if config else None))
     except Exception as error:  # whatever went wrong, the way out is the same
         reason = " ".join(f"{type(error).__name__} {error}".split())

@@ -16,27 +16,25 @@ import re
 import runpy
 import signal
 import sys
-import textwrap
-import time
 import zlib
 from collections import namedtuple
 from contextlib import nullcontext, suppress
 from functools import cache
 from itertools import islice, zip_longest
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from types import SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import MagicMock
 
-if __name__ == "__main__":  # as in train.py: mistakes are told before torch is imported
+if __name__ == "__main__":  # As in train.py, mistakes are told before torch is imported.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     later = ("torch", "torch.nn", "torch.nn.functional", "torch.nn.utils.rnn",
              "torch.utils.checkpoint", "torch.distributed", "safetensors.torch")
     sys.modules |= dict.fromkeys(later, MagicMock())
     with suppress(Exception):
-        runpy.run_path(__file__)["main"](look_only=True)
-    for name in (*later, "data", "model", "prune"):
+        runpy.run_path(__file__)["main"]()
+    for name in (*later, "data", "model", "prune", "measure", "results", "results.compare"):
         sys.modules.pop(name, None)
 
 import torch
@@ -81,23 +79,6 @@ def mean_loss(model, examples, autocast, most=None):
     return (total / count).item()  # nothing before waits for the device
 
 
-def timed(function, device):
-    """How many seconds `function` takes, and what it returns."""
-    began, result = time.perf_counter(), function()
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began, result
-
-
-@torch.no_grad()
-def prefill_speed(models, idx, rounds=7):
-    """Tokens per second with which each of `models` reads `idx` [B, T]: medians, in turns."""
-    idx = idx.to(models[0].wte.weight.device)
-    seconds = [[timed(lambda: model(idx), idx.device)[0] for model in models]
-               for _ in range(rounds + 1)]
-    return [idx.numel() / median(times[1:]) for times in zip(*seconds)]  # the first round warms up
-
-
 @torch.no_grad()
 def exact_matches(model, examples):
     """For each example, in the order of `by_length`: would greedy decoding write just the target?
@@ -110,14 +91,6 @@ def exact_matches(model, examples):
         said = model(idx)[0].argmax(-1)  # [B, T, V] -> [B, T]
         matches += ((said == targets) | (targets == -100)).all(1).tolist()
     return matches
-
-
-def sampled(model, ids, tokens):
-    """The text of `ids` and up to `tokens` more: drawn, but always the same ones."""
-    tokenizer = data.tokenizer(model.config.vocab_size)
-    generator = torch.Generator(model.wte.weight.device).manual_seed(0)
-    new, = model.generate([ids], tokens, 0.8, top_k=40, eot=tokenizer.eot, generator=generator)
-    return tokenizer.decode(ids + new)
 
 
 def write_texts(model, examples, prompts=0, beams=1):
@@ -224,20 +197,24 @@ def checksum(content):
 
 
 def write_json(path, content):
-    """Write a dict, whole or not at all, with a checksum."""
+    """Write a dict, whole or not at all, with its checksum."""
     with whole(path) as file:
         file.write_text(json.dumps(content | dict(crc32=checksum(content)), indent=1))
 
 
-def read_json(path):
-    """What `write_json` has written. Raises ValueError if it is not quite that any more."""
+def read_json(path, key):
+    """What `write_json` has written, {} if nothing. Raises ValueError if it is no longer just that,
+    or lacks `key`."""
     try:
         content = json.loads(path.read_text())
-        if content.pop("crc32") == checksum(content):
+        if content[key] and content.pop("crc32") == checksum(content):
             return content
+    except FileNotFoundError:
+        return {}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    raise ValueError(f"{path} is damaged, or of another version of this program")
+    lost = path if key == "values" else path.parent
+    raise ValueError(f"{path} is damaged, or of another version: remove {lost} and start over")
 
 
 def log_state(content):
@@ -248,22 +225,13 @@ def log_state(content):
 def read_run(folder):
     """What a run's folder holds: `path`, `state` ("finished", "interrupted" or "new"), `settings`,
     `metrics` and `measures`, {} where it has none. Raises ValueError if a file is damaged."""
-    path, found = Path(folder), []
+    path = Path(folder)
     if not path.is_dir():
         raise FileNotFoundError(f"no such run: {folder} is not a folder")
     # In this order, lest a run that ends meanwhile look new: its settings.json goes last.
-    for name, key in ("settings", "method"), ("metrics", "settings"), ("measure", "values"):
-        file = path / f"{name}.json"
-        try:
-            content = read_json(file)
-            found.append({key: content[key], **content})
-        except FileNotFoundError:
-            found.append({})
-        except (ValueError, KeyError) as error:
-            lost = file if name == "measure" else path
-            raise ValueError(f"{file} is damaged, or of another version of this program: remove "
-                             f"{lost} and start over") from error
-    settings, metrics, measures = found
+    settings, metrics, measures = (
+        read_json(path / f"{name}.json", key) for name, key in
+        (("settings", "method"), ("metrics", "settings"), ("measure", "values")))
     state = "finished" if metrics else "interrupted" if settings else "new"
     return SimpleNamespace(path=path, state=state, settings=metrics.get("settings", settings),
                            metrics=metrics, measures=measures)
@@ -278,8 +246,16 @@ def read_model(folder):
 
 
 def hashes(about):
-    """What tells the data of a run from others: each split's hash."""
+    """What tells data from others: each split's hash."""
     return {split: of_split["sha256"] for split, of_split in about.items()}
+
+
+def check_data(about, known, folder, way_out):
+    """ValueError if the data of the run in `folder`, as `known` there, are others than `about`."""
+    if hashes(known) != hashes(about):
+        there, here = (of["validation"]["source"] for of in (known, about))
+        raise ValueError(f"{folder} was made with other data, from {there}, than these, from {here}"
+                         f": {way_out}")
 
 
 def find_dense(folders, settings, about=None):
@@ -289,9 +265,9 @@ def find_dense(folders, settings, about=None):
         return [os.path.realpath(settings.get("model", "")),
                 *map(settings.get, ("dataset", "data_config", "seed"))]
 
-    files, dense = {file for one in folders for file in Path(one).glob("*/metrics.json")}, []
-    for file in sorted(files):
-        with suppress(ValueError):  # a damaged one is not the one
+    dense = []
+    for file in sorted({file for one in folders for file in Path(one).glob("*/metrics.json")}):
+        with suppress(ValueError):  # a damaged one is not meant
             run = read_run(file.parent)
             if (run.settings["method"] == "none" and not run.settings["distill"]
                     and origin(run.settings) == origin(settings)
@@ -307,7 +283,7 @@ def dense_run(run, folder):
     return find_dense([run.path.parent], run.settings, run.metrics["data"])
 
 
-# The commands. Those that compare runs are in results/compare.py.
+# The first command. The others, which compare runs, are in results/compare.py.
 
 On = namedtuple("On", "dataset data_path data_config block_size split examples generate beams "
                 "outputs")
@@ -326,7 +302,7 @@ def measure(path, device, on):
     splits = {split: load(on.dataset, split, *where) for split in ("validation", on.split)}
     validation, metric = splits["validation"], data.DATASETS[on.dataset]["metric"]
     values = dict(loss=mean_loss(model, validation, nullcontext()))
-    values["perplexity"] = math.exp(values["loss"])
+    values["perplexity"] = math.exp(min(values["loss"], 700))
     if metric == "exact_match":
         values[metric] = fmean(exact_matches(model, validation))
     if on.outputs or metric in ("rouge", "bleu"):
@@ -342,7 +318,6 @@ def measure(path, device, on):
 
 
 def ratio(value, base):
-    """value / base, or None where there is none."""
     return value / base if base and value is not None else None
 
 
@@ -357,11 +332,9 @@ def evaluate(args):
         if not on.dataset:
             raise ValueError(f"{run.path} does not say what to measure it on: add --dataset")
         values, counts, widths, texts, about = measure(run.path.absolute(), args.device, on)
-        for split, sha256 in hashes(run.metrics.get("data", {})).items():
-            if not args.dataset and about.get(split, dict(sha256=sha256))["sha256"] != sha256:
-                raise ValueError(f"the {split} data of {run.path} were others: what is now in "
-                                 f"{about[split]['source']} is measured with --dataset "
-                                 f"{on.dataset}, if that is meant")
+        if run.metrics and not args.dataset:
+            check_data(about, {split: run.metrics["data"][split] for split in about}, run.path,
+                       f"measure them with --dataset {on.dataset}")
         if dense:
             base, _, full, *_ = measure(dense.path.absolute(), args.device, on)
         full = run.metrics["start"]["widths"] if run.metrics else full
@@ -383,39 +356,7 @@ def evaluate(args):
             print(row(MEASURES[name], *("-" if x is None else f"{x:.4g}" for x in numbers)))
         print("leftover per layer:", *(f"{share:.1%}" for share in shares))
         if values["span_uniqueness"] is None and sum(widths):
-            print("too few tokens for span uniqueness: it takes two of them to each neuron of the "
-                  "widest layer; raise --examples")
-
-
-def table(args):
-    """Print the paper's tables."""
-    from results import compare
-
-    compare.table(args)
-
-
-def figures(args):
-    """Draw the paper's figures, and training curves."""
-    from results import compare
-
-    compare.figures(args)
-
-
-def sample(args):
-    """Print what the dense and the pruned model write after a prompt, side by side."""
-    if not args.prompt:
-        raise ValueError("there is nothing to continue: give a --prompt")
-    for run in map(read_model, args.runs):
-        columns = []
-        for title, one in ("dense", dense_run(run, args.dense)), ("pruned", run):
-            if one:
-                model = GPT.from_pretrained(one.path).to(args.device)
-                ids = data.tokenizer(model.config.vocab_size).encode(args.prompt)
-                text = sampled(model, ids, args.tokens)
-                lines = [f"{title}: {one.path}", "", *text.splitlines()]
-                columns.append([part for line in lines for part in textwrap.wrap(line, 56) or [""]])
-        for parts in zip_longest(*columns, fillvalue=""):
-            print(" | ".join(f"{part:56}" for part in parts).rstrip())
+            print("span uniqueness takes two tokens to each neuron of a layer: raise --examples")
 
 
 # The command line, of train.py and results/bench.py too.
@@ -458,15 +399,13 @@ def parse(parser, groups, words):
         if flag.within and value is not None and not RANGES[flag.within](value):
             parser.error(f"{flag_of(name)} {value} is out of range: it must be {flag.within}")
     device = getattr(args, "device", None) or "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        parser.error(f"--device {device}: it is cuda or cpu")
-    if device != "cpu" and not torch.cuda.is_available():
-        parser.error(f"--device {device}: this machine or torch has no CUDA; use --device cpu")
+    if not re.fullmatch("cpu" + r"|cuda(:\d+)?" * torch.cuda.is_available(), device):
+        parser.error(f"--device {device}: it is cuda or cpu, and without CUDA --device cpu")
     return args
 
 
 RUNS = Flag(str, "the folders of finished runs")
-DENSE = Flag(str, "the dense model's folder (default: the dense run like RUN beside it)")
+DENSE = Flag(str, "the dense model's folder (default: the dense run beside RUN, and like it)")
 DEVICE = Flag(str, "cuda or cpu (default: cuda if there is one)")
 BEST_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLAGS = dict(
@@ -492,7 +431,7 @@ FLAGS = dict(
         tokens=Flag(int, "how many to write at most", 120, None, AT_LEAST_0)))
 
 
-def call(commands, flags, about, look_only=False):
+def call(commands, flags, about):
     """Call which of `commands` the command line names, or the first. A mistake is one line."""
     words, commands = sys.argv[1:], {command.__name__: command for command in commands}
     named = bool(words) and words[0] in commands
@@ -504,7 +443,7 @@ def call(commands, flags, about, look_only=False):
     if words and not named and words[0][0] != "-" and not os.path.exists(words[0]):
         parser.error(f"{words[0]} is no run's folder, and none of {', '.join(commands)}")
     args = parse(parser, {name: flags[name]}, words)
-    if look_only:
+    if isinstance(torch, MagicMock):  # that was all that can be told without it
         return
     for flag, one in flags[name].items():
         if getattr(args, flag) is None:
@@ -514,21 +453,18 @@ def call(commands, flags, about, look_only=False):
     try:
         commands[name](args)
         sys.stdout.flush()
-    except BrokenPipeError:
-        nobody_reads()
+    except BrokenPipeError:  # as after `| head -1`
+        os._exit(0)
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def nobody_reads():
-    """After `| head -1`: lest Python complain that it can't print the rest."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def main():
+    from results import compare
 
-
-def main(look_only=False):
-    call((evaluate, table, figures, sample), FLAGS, __doc__, look_only)
+    call((evaluate, compare.table, compare.figures, compare.sample), FLAGS, __doc__)
 
 
 if __name__ == "__main__":

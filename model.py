@@ -48,17 +48,13 @@ class GPTConfig:
             raise ValueError(f"{self.n_layer} layers, {windows} windows, {widths} MLP widths")
         if not all(type(width) is int and width >= 0 for width in self.mlp_widths):
             raise ValueError(f"MLPs can't have {self.mlp_widths} neurons")
+        if not all(w is None or type(w) is int and w > 0 for w in self.windows):
+            raise ValueError(f"windows can't be {self.windows}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
 
 
-NEO = dict(model_type="gpt_neo", n_positions=2048, attn_scaled=False, qkv_bias=False)
-SHAPES = {  # models whose shape is known without asking the Hub
-    "tiny": dict(vocab_size=257, n_positions=256, n_embd=128, n_layer=4, n_head=4),  # reads bytes
-    "gpt2": dict(),
-    "EleutherAI/gpt-neo-125m": dict(NEO, windows=(None, 256) * 6),
-    "EleutherAI/gpt-neo-1.3B": dict(NEO, n_embd=2048, n_layer=24, n_head=16,
-                                    windows=(None, 256) * 12)}
+TINY = dict(vocab_size=257, n_positions=256, n_embd=128, n_layer=4, n_head=4)  # reads bytes
 
 
 def attention_mask(queries, keys, window, start, device):
@@ -223,14 +219,17 @@ class GPT(nn.Module):
         config = read_config(folder)
         with torch.device("meta"), warnings.catch_warnings():  # meta: nothing is initialised
             warnings.simplefilter("ignore")  # torch remarks that 0 neurons need no initialising
-            model = cls(config).to_empty(device="cpu")
+            try:
+                model = cls(config).to_empty(device="cpu")
+            except RuntimeError as error:
+                raise ValueError(f"{folder}: the model does not fit into memory") from error
         wanted, left = hf_views(model.state_dict(), config), {}  # left: read, but not wanted
         for name, tensor in read_tensors(folder):
             name = str(name).removeprefix("transformer.")
             view = wanted.pop(name, None)
             if view is None:
                 left[name] = tensor
-            elif tensor.shape != view.shape:
+            elif tensor.shape != view.shape or tensor.layout != view.layout:
                 raise ValueError(f"{folder}: {name} is {[*tensor.shape]}, not {[*view.shape]}")
             else:
                 view.copy_(tensor)
@@ -272,26 +271,24 @@ class GPT(nn.Module):
             shutil.copymode(settings, weights)  # safetensors' own is private
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, beams=1,
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, beams=1,
                  length_penalty=1.0, no_repeat_ngram=0, eot=None, generator=None):
         """Continue `prompts`, lists of token ids, by up to `max_new_tokens` each; returns the new.
 
-        Tokens are drawn from softmax(logits / temperature), among the `top_k` likeliest, and of
-        those the fewest whose probabilities reach `top_p` together; temperature 0 takes the
-        likeliest. `beams` > 1: the highest log-probability / tokens^length_penalty that beam search
-        finds. No `no_repeat_ngram` tokens in a row (0: no limit) come twice in a prompt with its
-        continuation, which ends before the token `eot` and where the context is full. Prompts share
-        only the random numbers.
+        Tokens are drawn from softmax(logits / temperature), among the `top_k` likeliest;
+        temperature 0 takes the likeliest. `beams` > 1: the highest log-probability /
+        tokens^length_penalty that beam search finds. No `no_repeat_ngram` tokens in a row (0: no
+        limit) come twice in a prompt with its continuation, which ends before the token `eot` and
+        where the context is full. Prompts share only the random numbers.
         """
         most, room = self.config.n_positions, []
         for prompt in prompts:
             if not 0 < len(prompt) <= most:
                 raise ValueError(f"a prompt has {len(prompt)} tokens; allowed are 1 to {most}")
             room.append(min(max_new_tokens, most - len(prompt)))
-        if (beams < 1 or temperature < 0 or top_k is not None and top_k < 1
-                or top_p is not None and not 0 < top_p <= 1):
-            raise ValueError("allowed are beams >= 1, temperature >= 0, top_k >= 1, 0 < top_p <= 1")
-        how = temperature, top_k, top_p, generator
+        if beams < 1 or temperature < 0 or top_k is not None and top_k < 1:
+            raise ValueError("allowed are beams >= 1, temperature >= 0 and top_k >= 1")
+        how = temperature, top_k, generator
         return continuations(self, prompts, room, how, beams, length_penalty, no_repeat_ngram, eot)
 
     def next_logits(self, idx, cache):
@@ -306,8 +303,8 @@ class GPT(nn.Module):
 
 @contextmanager
 def whole(path):
-    """The name to write a file under that is to be at `path`, whole or not at all. Raises OSError,
-    and leaves nothing behind, where there is no room for it."""
+    """The name to write under what is to be at `path`, whole or not at all. Raises OSError, and
+    leaves nothing, where there is no room."""
     beside = path.with_name(path.name + ".tmp")
     try:
         yield beside
@@ -350,7 +347,7 @@ def read_config(folder):
                          attn_scaled=gpt2 and hf.get("scale_attn_weights", True),
                          windows=windows, mlp_widths=widths,
                          layer_norm_epsilon=float(hf.get("layer_norm_epsilon", 1e-5)))
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} is no GPT's config.json: {reason}") from error
 
@@ -527,16 +524,13 @@ def continuations(model, prompts, room, how, beams, length_penalty, no_repeat_ng
     return [of_prompt[0][1] for of_prompt in finished]
 
 
-def pick(logits, temperature, top_k, top_p, generator):
+def pick(logits, temperature, top_k, generator):
     """The next token of each row [B], drawn from `logits` [B, V] as `GPT.generate` says."""
     if temperature == 0:
         return logits.argmax(-1)
     probs, tokens = (logits / temperature).softmax(-1).sort(descending=True)  # [B, V] each
     if top_k is not None:
         probs[:, top_k:] = 0
-    if top_p is not None:
-        before = probs.cumsum(-1) - probs  # of the likelier tokens together
-        probs[before >= top_p * probs.sum(-1, keepdim=True)] = 0
     return tokens.gather(1, probs.multinomial(1, generator=generator))[:, 0]
 
 

@@ -1,12 +1,11 @@
 """Fine-prune a GPT: `python train.py --method gum --dataset wikitext --model gpt2 --leftover 0.25`.
 
-In order: a step of fine-pruning, the loop around it, what a run keeps in its folder, a whole run
-and its closing table, the flags. The order of the data is a function of the seed and the step, and
-nothing else is random: an interrupted run (of one process) goes on as if it had not been.
+In order: a step of fine-pruning, the loop around it, what a run keeps in its folder, a whole run,
+the flags. The order of the data is a function of the seed and the step, and nothing else is random:
+an interrupted run (of one process) goes on as if it had not been.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -25,14 +24,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
-if __name__ == "__main__":  # before torch is imported, which takes seconds:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback, and
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback
     later = ("torch", "torch.nn", "torch.nn.functional", "torch.nn.parallel", "torch.nn.utils.rnn",
              "torch.utils.checkpoint", "torch.distributed", "safetensors.torch")
     sys.modules |= dict.fromkeys(later, MagicMock())
-    with suppress(Exception):  # mistakes in flags, which take none of these, are told
+    with suppress(Exception):  # without these, mistakes in flags can be told
         runpy.run_path(__file__)["parse"]()
-    for name in (*later, "data", "measure", "model", "prune"):
+    for name in (*later, "data", "measure", "model", "prune", "results", "results.compare"):
         sys.modules.pop(name, None)
 
 import torch
@@ -44,8 +43,9 @@ from tqdm import tqdm
 import data
 import measure
 from measure import ABOVE_0, AT_LEAST_0, SHARE, Flag, flag_of
-from model import GPT, SHAPES, GPTConfig, whole
+from model import GPT, TINY, GPTConfig, whole
 from prune import METHODS, HeadLoss, Pruner, defaults_of, lr_factor, shrink, v_at
+from results.compare import compare, report
 
 # Launched by torchrun, several train in step, each on its share of a batch; 0 alone writes.
 PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -106,12 +106,13 @@ def fine_prune(model, pruner, optimizer, micro_batches, step, args, teacher=None
     return widths, total, norm
 
 
-def train(args, steps, model, teacher, train_data, val_data, checkpoint, stop):
+def train(args, steps, model, teacher, train_data, val_data, stop):
     """The loop: fine-tune `model` for `steps`, pruning as the schedule says. Returns its progress,
     with seconds and tokens; the model is left skipping the pruned neurons.
 
-    `checkpoint`: what to go on from, or None. Once there is something in the list `stop`, saves one
-    and raises KeyboardInterrupt. Raises FloatingPointError when the loss is no number.
+    Goes on from a checkpoint in the run's folder; writes one, and raises KeyboardInterrupt, once
+    there is something in the list `stop`. Raises ValueError if it is damaged, FloatingPointError
+    when the loss is no number.
     """
     folder, eval_every = Path(args.out), args.eval_every or max(steps // 5, 1)
     pruner = Pruner(model, args.method, args.leftover, steps, args.scope, args.lambda_mvp,
@@ -120,10 +121,8 @@ def train(args, steps, model, teacher, train_data, val_data, checkpoint, stop):
     progress = SimpleNamespace(step=0, saved=0, since=0, loss=0.0, norm=0.0, tokens=0, seconds=0.0,
                                log=measure.log_state(b""))
     parts = dict(model=model, pruner=pruner, optimizer=optimizer)
-    if checkpoint is not None:
-        progress = SimpleNamespace(**checkpoint["progress"])
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
+    if (folder / "checkpoint.pt").exists():
+        restore(folder / "checkpoint.pt", progress, parts, args)
     model.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
         model.compile_blocks()
@@ -135,9 +134,8 @@ def train(args, steps, model, teacher, train_data, val_data, checkpoint, stop):
     shown = dict(disable=True) if PROCESS else {}  # what TQDM_DISABLE says, on process 0
     model.train()
     clock = time.perf_counter()
-    name = f"{args.method} {args.leftover:.0%}"
-    with tqdm(total=steps, initial=progress.step, desc=name, unit="step", mininterval=0.5,
-              dynamic_ncols=True, **shown) as bar:
+    with tqdm(total=steps, initial=progress.step, desc=f"{args.method} {args.leftover:.0%}",
+              unit="step", mininterval=0.5, dynamic_ncols=True, **shown) as bar:
         for step in range(progress.step + 1, steps + 1):
             indices = batch_indices(step, len(train_data), args.batch_size, args.seed)
             batch, seed = train_data.batch(indices), 1_000_003 * args.seed + step
@@ -225,6 +223,22 @@ def save(folder, progress, parts, args):
             torch.save(states, file)
 
 
+def restore(file, progress, parts, args):
+    """Go on from what `save` wrote. Raises ValueError if it is damaged, or another run's."""
+    try:
+        with zipfile.ZipFile(file) as zipped:
+            damaged = zipped.testzip()  # torch does not look at checksums
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        if damaged or content.get("of") != [measure.FORMAT, settings_of(args)]:
+            raise ValueError
+        vars(progress).update(content["progress"])
+        for name, part in parts.items():
+            part.load_state_dict(content[name])
+    except Exception as error:  # torch has several exceptions for a damaged file
+        raise ValueError(f"{file} is damaged, or another run's: remove {file.parent} and start over"
+                         ) from error
+
+
 def cut_log(path, known):
     """Drop what was logged after the checkpoint was written, when the log was `known`: it will come
     again. Raises ValueError if that part is not as it was."""
@@ -252,35 +266,13 @@ def log(folder, progress, record, bar):
                         tokens_per_s=f"{record['tokens_per_second']:,.0f}")
 
 
-# A whole run: check, load, train, shrink, save, report.
+# A whole run: check, load, train, shrink, save, compare.
 
 
 def settings_of(args):
     """What decides the result: not where and how often something is written."""
     return {name: value for name, value in vars(args).items() if name not in
             ("out", "resume", "checkpoint_every", "log_every", "eval_every")}
-
-
-def check_data(about, known, folder):
-    """ValueError if the data of the run in `folder`, as `known` there, are others than `about`."""
-    if measure.hashes(known) != measure.hashes(about):
-        raise ValueError(f"{folder} was made with other data, from {known['train']['source']}: to "
-                         f"use those from {about['train']['source']}, move it away")
-
-
-def read_checkpoint(file, args):
-    """What `save` has written. Raises ValueError if it is damaged, or another run's."""
-    try:
-        with zipfile.ZipFile(file) as parts:
-            if parts.testzip():  # torch does not look at checksums
-                raise ValueError("a checksum is wrong")
-        content = torch.load(file, map_location="cpu", weights_only=True)
-        if content["of"] != [measure.FORMAT, settings_of(args)]:
-            raise ValueError("another run's")
-        return content
-    except Exception as error:  # torch has several exceptions for a damaged file
-        raise ValueError(f"{file} is damaged, or not of this run: remove {file.parent} and start "
-                         "over") from error
 
 
 def check_folder(args):
@@ -319,7 +311,7 @@ def locked(folder, wait):
         taken = f"another process is at work in {folder}: wait, or name another --out"
         raise ValueError(taken) from error
     with suppress(OSError):  # on Windows, while another process waits for it
-        (folder / ".lock").unlink()  # the run is finished: nobody will make it again
+        (folder / ".lock").unlink()
 
 
 def dense_for(args, flags):
@@ -339,7 +331,7 @@ def load_model(name, args):
     if name != "tiny":
         return GPT.from_pretrained(name).to(args.device)
     torch.manual_seed(args.seed)
-    return GPT(GPTConfig(**SHAPES["tiny"])).to(args.device)
+    return GPT(GPTConfig(**TINY)).to(args.device)
 
 
 def run(flags, implied=False):
@@ -347,15 +339,12 @@ def run(flags, implied=False):
     Returns its metrics. Raises ValueError or OSError for a user's mistake, before anything is
     trained, and what `train` raises."""
     args = resolve(flags)
-    if args.accumulate * PROCESSES > args.batch_size:
-        raise ValueError(f"--accumulate {args.accumulate} on {PROCESSES} processes is more than "
-                         f"--batch-size {args.batch_size}")
     out, tiny = Path(args.out), args.model == "tiny"
     dense, dense_flags = dense_for(args, flags)
     state, has_dense = told_by_first(
         lambda: (check_folder(args), (dense / "metrics.json").exists()))
     if state == "finished":
-        return measure.read_run(out).metrics
+        return finished(out)
     if args.distill and not (args.teacher or has_dense or tiny):
         given = [word for name, value in vars(dense_flags).items() if value is not None
                  for word in (flag_of(name), str(value))[: 1 if value is True else 2]]
@@ -372,24 +361,24 @@ def run(flags, implied=False):
     train_data, val_data = (data.load(args.dataset, split, vocab_size, block_size, args.data_path,
                                       args.data_config) for split in ("train", "validation"))
     widths, about = model.config.mlp_widths, dict(train=train_data.about, validation=val_data.about)
-    if args.method != "none":
-        if not sum(widths):
-            raise ValueError(f"{args.model} has no MLP neurons left to prune")
-        if not sum(round(args.leftover * m)
-                   for m in ([sum(widths)] if args.scope == "global" else widths)):
-            raise ValueError(f"--leftover {args.leftover:g} of {sum(widths):,} neurons is none at "
-                             "all: layers may become empty, but not all of them")
-    rows = -(-args.batch_size // (args.accumulate * PROCESSES))
-    if args.batch_size > len(train_data):
-        raise ValueError(f"--batch-size {args.batch_size} is more than the {len(train_data)} "
-                         "sequences to train on")
+    total, parts = sum(widths), args.accumulate * PROCESSES
+    if args.method != "none" and not total:
+        raise ValueError(f"{args.model} has no MLP neurons left to prune")
+    if not sum(round(args.leftover * m) for m in ([total] if args.scope == "global" else widths)
+               ) and total:
+        raise ValueError(f"--leftover {args.leftover:g} of {total:,} neurons is none at all")
+    if not parts <= args.batch_size <= len(train_data):
+        raise ValueError(f"--batch-size {args.batch_size} is less than --accumulate "
+                         f"{args.accumulate} times {PROCESSES} processes, or more than the "
+                         f"{len(train_data)} sequences to train on")
     if args.device == "cpu" and hasattr(os, "sysconf"):  # elsewhere torch itself tells
-        # What the backward pass needs of the forward pass, at the very least.
-        least = 2 * rows * block_size * sum(8 * model.config.n_embd + 2 * m for m in widths)
+        # The least that a backward pass takes of activations, against all memory.
+        least = 2 * args.batch_size // parts * block_size * sum(
+            8 * model.config.n_embd + 2 * m for m in widths)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if least > memory and not args.gradient_checkpointing:
-            raise ValueError(f"micro-batches of {rows} sequences take {least / 1e9:.0f} GB and more"
-                             f", and this machine has {memory / 1e9:.0f}: raise --accumulate")
+            raise ValueError(f"a step takes over {least / 1e9:.0f} GB, and this machine has "
+                             f"{memory / 1e9:.0f}: raise --accumulate")
     teacher = None
     if args.teacher or args.distill and not tiny:
         teacher = load_model(args.teacher or dense, args)
@@ -398,21 +387,20 @@ def run(flags, implied=False):
             raise ValueError(f"the teacher has a vocabulary of {known.vocab_size}, a context of "
                              f"{known.n_positions}, not {vocab_size} and {block_size}")
     steps = args.steps or max(1, round(args.epochs * len(train_data) / args.batch_size))
-    checkpoint, file = None, out / "checkpoint.pt"
-    if state == "interrupted" and file.exists():
-        checkpoint = read_checkpoint(file, args)
-        check_data(about, measure.read_run(out).settings["data"], out)
+    start_over = "to use these, remove it"
+    if (out / "checkpoint.pt").exists():
+        measure.check_data(about, measure.read_run(out).settings["data"], out, start_over)
     uses_dense = source == dense or args.distill and not args.teacher
     if has_dense and uses_dense:
-        check_data(about, measure.read_run(dense).metrics["data"], dense)
+        measure.check_data(about, measure.read_run(dense).metrics["data"], dense, start_over)
     say(f"data: {train_data.about['source']}" + "".join(
-        f"; {split}: {of['tokens']:,} tokens, sha256 {of['sha256'][:8]}..."
+        f"; {split}: {of['tokens']:,} tokens, sha256 {of['sha256'][:8]}"
         for split, of in about.items()))
 
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, wait=implied) if PROCESS == 0 else nullcontext():
         if told_by_first((out / "metrics.json").exists):  # another command has finished it
-            return measure.read_run(out).metrics
+            return finished(out)
         if PROCESS == 0:
             measure.write_json(out / "settings.json", settings_of(args) | dict(data=about))
         if tiny and not has_dense and uses_dense:
@@ -428,7 +416,7 @@ def run(flags, implied=False):
         signals = signal.SIGINT, signal.SIGTERM
         handlers = [signal.signal(one, lambda *_: stop.append(True)) for one in signals]
         try:
-            done = train(args, steps, model, teacher, train_data, val_data, checkpoint, stop)
+            done = train(args, steps, model, teacher, train_data, val_data, stop)
         finally:
             for one, handler in zip(signals, handlers):
                 signal.signal(one, handler)
@@ -438,68 +426,28 @@ def run(flags, implied=False):
             shrink(model).save_pretrained(out)
             gpu = args.device != "cpu" and torch.cuda.get_device_name(args.device)
             metrics = dict(settings=settings_of(args), data=about, log=done.log, steps=steps,
-                           block_size=block_size,
-                           processes=PROCESSES, seconds=done.seconds, tokens=done.tokens,
-                           tokens_per_second=done.tokens / done.seconds,
+                           block_size=block_size, processes=PROCESSES, seconds=done.seconds,
+                           tokens=done.tokens, tokens_per_second=done.tokens / done.seconds,
                            versions=dict(python=platform.python_version(), torch=torch.__version__),
                            machine=gpu or platform.machine())
             models = load_model(source, args).eval(), load_model(out, args).eval()
-            metrics |= compare(*models, val_data, args)
+            metrics |= compare(*models, val_data, args, autocast_of(args))
             measure.write_json(out / "metrics.json", metrics)
-            for file in ("checkpoint.pt", "settings.json"):
-                (out / file).unlink(missing_ok=True)
-            return metrics
 
-        return told_by_first(finish)
+        told_by_first(finish)
+        return finished(out)
 
 
-def compare(start, result, val_data, args):
-    """Both models' loss on all validation data (nats per token), size, speed, and a sample."""
-    if args.dataset == "stdlib":
-        ids = data.tokenizer(result.config.vocab_size).encode("def ")[: val_data.block_size]
-    elif isinstance(val_data, data.Blocks):
-        ids = val_data.tokens[: min(16, val_data.block_size)].tolist()
-    else:
-        ids = val_data.prompts[0]
-    batch = val_data.batch(range(min(args.batch_size // args.accumulate, len(val_data))))
-    speeds = measure.prefill_speed([start, result], batch[0])
-    about = {}
-    for name, model, speed in zip(("start", "result"), (start, result), speeds):
-        loss = measure.mean_loss(model, val_data, autocast_of(args))
-        about[name] = dict(val_loss=loss, val_perplexity=math.exp(min(loss, 700)),
-                           widths=list(model.config.mlp_widths),
-                           parameters=sum(p.numel() for p in model.parameters()),
-                           prefill_tokens_per_second=speed,
-                           sample=measure.sampled(model, ids, val_data.block_size - len(ids)))
-    full, left = about["start"]["widths"], about["result"]["widths"]
-    return about | dict(leftover_wanted=args.leftover, leftover=sum(left) / max(sum(full), 1),
-                        leftover_per_layer=[k / max(m, 1) for k, m in zip(left, full)])
-
-
-def report(metrics, folder):
-    """Print a finished run as a table: the model it started from against the one it made."""
-    start, result, method = metrics["start"], metrics["result"], metrics["settings"]["method"]
-    before = "start" if method == "none" else "dense"
-    print(f"\n{'':24}{before:>14}{method:>14}{'ratio':>9}")
-    for title, key, form in (("parameters", "parameters", ",.0f"),
-                             ("validation loss (nats)", "val_loss", ".4f"),
-                             ("validation perplexity", "val_perplexity", ".3f"),
-                             ("tokens/s (prefill)", "prefill_tokens_per_second", ",.0f")):
-        a, b = start[key], result[key]
-        print(f"{title:24}{a:>14{form}}{b:>14{form}}{b / a:>8.2f}x")
-    wanted, total = metrics["leftover_wanted"], sum(start["widths"])
-    print(f"neurons left: {metrics['leftover']:.2%} of {total:,} ({wanted:.2%} wanted)")
-    print("neurons per layer:", *start["widths"], "->", *result["widths"])
-    speed = metrics["tokens_per_second"]
-    print(f"{metrics['steps']} steps in {metrics['seconds']:.0f} s, {speed:,.0f} tokens/s")
-    for name, model in ((before, start), (method, result)):
-        print(f"\n--- {name} writes:\n{model['sample']}")
-    print(f"\nthe model, its log and metrics are in {folder}")
+def finished(out):
+    """The metrics of a finished run; what it took to go on with it goes."""
+    if PROCESS == 0:
+        for file in ("checkpoint.pt", "settings.json"):
+            (out / file).unlink(missing_ok=True)
+    return measure.read_run(out).metrics
 
 
 # The flags. Defaults are the paper's (Appendix F) or its released code's; what depends on others
 # is in `resolve`. `tiny`, trained from scratch, has some of its own.
-
 
 BLOCK_SIZE = dict(stdlib=64, toysql=256, wikisql=512, e2e=512, wikitext=1024, samsum=1024)  # tokens
 USUAL = defaults_of("topv")
@@ -507,8 +455,8 @@ FLAGS = {
     "what to run": dict(
         method=Flag(METHODS, "how neurons are chosen: " + "; ".join(
             f"{name}, {method.about}" for name, method in METHODS.items()), "gum"),
-        model=Flag(str, "a Hub name (gpt2, EleutherAI/gpt-neo-125m), a folder in Hugging Face's "
-                   "format, a finished run's, or tiny, which is first trained dense", "tiny"),
+        model=Flag(str, "a Hub name (gpt2, EleutherAI/gpt-neo-125m), a folder in its format, as a "
+                   "run's, or tiny, which is first trained dense", "tiny"),
         seed=Flag(int, "of the initialisation, the data's order and random scores", 0,
                   within="from 0 to 2^31 - 1"),
         out=Flag(str, "the run's folder (default: out/NAME, named from the settings)"),
@@ -542,8 +490,7 @@ FLAGS = {
         tau=Flag(float, "soft movement's final threshold", USUAL["tau"], None, ABOVE_0)),
     "distillation": dict(
         distill=Flag(None, "learn from a dense model, too"),
-        teacher=Flag(str, "its folder or Hub name (default: the dense run of the same data, model "
-                     "and seed)"),
+        teacher=Flag(str, "its folder or Hub name (default: the dense run like this one)"),
         alpha_ce=Flag(float, "weight of the data's loss", 0.5, None, AT_LEAST_0),
         alpha_kd=Flag(float, "weight of the teacher's", 0.5, None, AT_LEAST_0),
         temperature=Flag(float, "of both distributions", 2.0, None, ABOVE_0)),
@@ -586,24 +533,21 @@ def parse(argv=None):
 def check_together(args):
     """End the program where flags make no sense together."""
     name = args.method or ALL_FLAGS["method"].default
-    unique = defaults_of(name)["lambda_gum"] if args.lambda_gum is None else args.lambda_gum
-    given = {group: ", ".join(flag_of(flag) for flag in flags if getattr(args, flag) is not None)
-             for group, flags in FLAGS.items()}
-    pruning, distilling = given["pruning"], given["distillation"]
-    method, similar = METHODS[name], unique or METHODS[name].measure
-    fits = dict(scope=not method.threshold, mask_lr=method.learned, lambda_mvp=method.learned,
-                lambda_gum=method.learned, lambda_sim=similar, sim_tokens=similar,
-                tau=method.threshold)
-    for wrong, message in (
-        (name == "none" and pruning and (pruning, args.leftover) != ("--leftover", 1.0),
-         f"{pruning} means nothing with --method none: all stay"),
-        *((getattr(args, flag) is not None and not fit, f"{flag_of(flag)} means nothing with "
-           f"--method {name}" + ", unless --lambda-gum is above 0" * ("sim" in flag))
-          for flag, fit in fits.items()),
-        (distilling and not args.distill, f"{distilling} goes with --distill"),
-        (args.alpha_ce == args.alpha_kd == 0, "--alpha-ce 0 with --alpha-kd 0 trains nothing")):
-        if wrong:
-            fail(message)
+    method, unique = METHODS[name], args.lambda_gum
+    similar = method.measure or (defaults_of(name)["lambda_gum"] if unique is None else unique)
+    fits = dict.fromkeys(("mask_lr", "lambda_mvp", "lambda_gum"), method.learned)
+    fits |= dict(scope=not method.threshold, tau=method.threshold)
+    fits |= dict.fromkeys(("lambda_sim", "sim_tokens"), similar)
+    if name == "none":
+        fits = dict.fromkeys(FLAGS["pruning"]) | dict(leftover=args.leftover == 1.0)
+    fits |= dict.fromkeys(FLAGS["distillation"], args.distill)
+    for flag, fit in fits.items():
+        if getattr(args, flag) is not None and not fit:
+            needs = ("without --distill" if flag in FLAGS["distillation"] else
+                     f"with --method {name}" + " --lambda-gum 0" * ("sim" in flag))
+            fail(f"{flag_of(flag)} means nothing {needs}")
+    if args.alpha_ce == args.alpha_kd == 0:
+        fail("--alpha-ce 0 with --alpha-kd 0 trains nothing")
     for one, other in (("compile", "gradient_checkpointing"), ("steps", "epochs"),
                        ("distill", "label_smoothing")):
         if getattr(args, one) and getattr(args, other):
@@ -644,7 +588,7 @@ def resolve(flags):
                   for name, value in given.items() if name not in unsaid and value != usual[name]]
         parts, end = [re.sub(r"[^\w.=+-]", "_", part) for part in parts], f"seed{args.seed}"
         if len("-".join([*parts, end])) > 60:  # the rest is in settings.json and metrics.json
-            end = hashlib.sha256("-".join(parts).encode()).hexdigest()[:8] + "-" + end
+            end = f"{measure.checksum(parts):08x}-{end}"
             while len("-".join([*parts, end])) > 60:
                 parts.pop()
         args.out = str(Path("out") / "-".join([*parts, end]))
@@ -674,16 +618,16 @@ def main():
         if PROCESS == 0:
             report(metrics, resolve(flags).out)
             sys.stdout.flush()
-    except BrokenPipeError:
-        measure.nobody_reads()
+    except BrokenPipeError:  # as after `| head -1`
         say(f"the model is in {resolve(flags).out}")
+        os._exit(0)
     except (ValueError, OSError, FloatingPointError) as error:
         fail(error)
     except RuntimeError as error:  # torch has no exceptions of its own for these
         if re.search("out of memory|can't allocate memory", str(error)):
             fail("out of memory: try --gradient-checkpointing, a larger --accumulate, or a smaller "
                  "--block-size")
-        lost = "connection|socket|peer|timed out|timeout|nccl"
+        lost = "connection|socket|peer|timed? ?out|nccl"
         if PROCESSES > 1 and re.search(lost, str(error), re.IGNORECASE):
             fail("another process of this job is gone: go on with the same command and --resume")
         raise

@@ -19,7 +19,8 @@ from transformers import (AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT
                           GPTNeoForCausalLM)
 from transformers.models.gpt_neo import modeling_gpt_neo
 
-from model import GPT, SHAPES, GPTConfig
+from model import GPT, GPTConfig
+from results.bench import SHAPES
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -346,7 +347,10 @@ def test_a_bad_index_is_an_error(tmp_path, index):
     ({"n_embd": None}, "config.json: n_embd is None"), ({"vocab_size": "97"}, "vocab_size is '97'"),
     ({"mlp_widths": [1, 2]}, "config.json: 4 layers, 4 windows, 2 MLP widths"),
     ({"mlp_widths": [1, 2, 3, -4]}, "config.json: MLPs can't have .1, 2, 3, -4. neurons"),
-    ({"n_inner": 128.0}, "can't have .128.0"), ({"layer_norm_epsilon": "x"}, "could not convert"),
+    ({"n_inner": 128.0}, "can't have .128.0"),
+    ({"model_type": "gpt_neo", "max_position_embeddings": 64, "hidden_size": 32, "num_layers": 1,
+      "num_heads": 2, "attention_types": [[["local"], 1]], "window_size": "x"}, "windows can't be"),
+    ({"layer_norm_epsilon": "x"}, "could not convert"),
     ('{"model_type": "gpt2", "n_embd": 32}', "config.json: 'n_positions' is missing"),
     *(({"n_layer": n}, f"is no GPT's config.json: n_layer is {n!r}") for n in ("four", True, 1e9)),
     *((text, "config.json") for text in ("", "{", "[]", "{}", '"gpt2"')),

@@ -113,7 +113,7 @@ def test_a_run_is_measured_on_its_own_data_or_others_that_are_named(capsys):
     write_e2e("data", "Aromi")
     run(f"{E2E} --data-path data --out run")
     files = write_e2e("data", "Other")
-    assert re.search("data of run were others.*/data.*--dataset e2e", refused(capsys, "run"))
+    assert re.search("run was made with other data.*/data.*--dataset e2e", refused(capsys, "run"))
     assert not Path("run/measure.json").exists()
     main("run", "--dataset", "e2e")
     found = json.loads(Path("run/measure.json").read_text())["data"]["validation"]
@@ -254,7 +254,7 @@ def process(command, torch_is=None, **how):
 
 @pytest.mark.parametrize("command,status,says", [
     ("train.py --leftover 2", 2, "--leftover 2.0"), ("train.py --method gumm", 2, "gumm"),
-    ("train.py --method none --leftover 0.5", 2, "all stay"), ("train.py --methd x", 2, "--methd"),
+    ("train.py --method none --leftover 0.5", 2, "nothing"), ("train.py --methd x", 2, "--methd"),
     ("measure.py tabel", 2, "tabel"), ("measure.py table --metric x", 2, "--metric"),
     ("measure.py", 2, "RUN"), ("train.py --help", 0, "--leftover"),
     ("measure.py --help", 0, "measure.py table"), ("measure.py table --help", 0, "--metric"),

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 
 import data
 import train
-from model import GPT, NEO, GPTConfig
+from model import GPT, GPTConfig
 from prune import METHODS
+from results.bench import NEO
 
 ROOT = Path(__file__).parents[1]
 PRUNING = [method for method in METHODS if method != "none"]
@@ -400,7 +401,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(capsys, monkeyp
     ("--lr -1", "--lr|above 0"), ("--lr inf", "--lr|above 0"), ("--steps 0", "--steps|above 0"),
     ("--lambda-sim 2", "--lambda-sim|(0, 1]"), ("--sim-tokens 0", "--sim-tokens|above 0"),
     ("--steps 9 --epochs 1", "--steps|--epochs|one of them"), ("--methd gum", "--methd"),
-    ("--method none --leftover 0.5", "--leftover|all stay"), ("--out small", "small|--out"),
+    ("--method none --leftover 0.5", "--leftover|--method none"), ("--out small", "small|--out"),
     ("--method soft --scope global", "--scope"), ("--teacher small", "--teacher|--distill"),
     ("--method random --lambda-gum 1", "--lambda-gum"),
     *((f"--method {method} {flag} 1", f"{flag} means nothing with --method {method}")
