@@ -545,7 +545,7 @@ def check_together(args):
     for flag, fit in fits.items():
         if getattr(args, flag) is not None and not fit:
             needs = ("without --distill" if flag in FLAGS["distillation"] else
-                     f"with --method {name}" + " --lambda-gum 0" * (unique == 0))
+                     f"with --method {name}" + " --lambda-gum 0" * ("sim" in flag and method.learned))
             fail(f"{flag_of(flag)} means nothing {needs}")
     if args.alpha_ce == args.alpha_kd == 0:
         fail("--alpha-ce 0 with --alpha-kd 0 trains nothing")

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -157,7 +156,7 @@ def test_a_damaged_or_another_runs_checkpoint_is_named_and_kept(damage, capsys):
     else:
         torch.save({"a": 1} if damage == "a dict" else [1], path)
     before = contents("run")
-    assert_fails(capsys, f"{SMALL} {FLAGS} --resume", "run/checkpoint.pt is damaged|remove run")
+    assert_fails(capsys, f"{SMALL} {FLAGS} --resume", "can't go on from run/checkpoint.pt|remove run")
     assert contents("run") == before
 
 
@@ -197,6 +196,7 @@ def test_a_changed_digit_is_noticed(file, command, capsys):
 @pytest.fixture
 def room():
     """Sets how large a file may become, in bytes, as on a disk that is full; or again as before."""
+    resource = pytest.importorskip("resource")  # not on Windows
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def room(size=before[0]):
@@ -282,5 +282,5 @@ def test_nobody_has_to_read_what_is_printed(command):
     os.close(reading)
     status, _, err = process(command, stdout=writing)
     os.close(writing)
-    assert status == 0 and "Traceback" not in err and "xception" not in err
+    assert status == ("table" in command) and "Traceback" not in err and "xception" not in err
     assert "table" in command or err.endswith("is in run\n") and GPT.from_pretrained("run")
