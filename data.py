@@ -134,7 +134,7 @@ class Blocks:
         return ids[:, :-1].where(real, self.eot), ids[:, 1:].where(real, -100), real
 
     def by_length(self):
-        """The order to evaluate in: as they come, for all are as long."""
+        """The order to evaluate in: all are as long."""
         return list(range(len(self)))
 
 
@@ -259,7 +259,7 @@ def sha256(texts):
 
 
 def cache_folder():
-    """Where tokens are kept, for whoever runs this."""
+    """Where tokens are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "fine-pruning")
 
 

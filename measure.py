@@ -77,7 +77,7 @@ def exact_matches(model, examples):
     """For each example, in the order of `by_length`: would greedy decoding write just the target?
 
     It does if every token of it, end of text included, is the arg-max after the true ones before
-    it: the first is picked, so the same text is read, so the second is picked, and so on.
+    it: the first is picked, so the same text is read, so the second is picked.
     """
     matches = []
     for idx, targets, _ in batches(model, examples):
@@ -321,7 +321,8 @@ def evaluate(args):
     given = {name: value for name, value in vars(args).items() if value is not None}
     row = "{:40}{:>10}{:>10}{:>10}".format
     for run in map(read_model, args.runs):
-        known = run.settings | dict(block_size=run.metrics.get("block_size")) | given
+        own = run.settings | dict(block_size=run.metrics.get("block_size"))
+        known = (own if args.dataset in (None, own.get("dataset")) else {}) | given
         on, dense, base, full = On(*map(known.get, On._fields)), dense_run(run, args.dense), {}, ()
         if not on.dataset:
             raise ValueError(f"{run.path} does not say what to measure it on: add --dataset")
@@ -407,8 +408,8 @@ FLAGS = dict(
         runs=RUNS, dense=DENSE, device=DEVICE,
         dataset=Flag(data.DATASETS, "what to measure on (as the next three: the run's)"),
         data_path=Flag(str, "a local folder with the data"),
-        data_config=Flag(str, "the data's configuration"),
-        block_size=Flag(int, "tokens per sequence (of a folder with only a model: its context)",
+        data_config=Flag(str, "their configuration"),
+        block_size=Flag(int, "tokens per sequence (of only a model: its context)",
                         within=ABOVE_0),
         split=Flag(("train", "validation"), "to measure redundancy on", "train"),
         examples=Flag(int, "sequences of it; 0 = all", 512, None, AT_LEAST_0),

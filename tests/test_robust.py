@@ -117,6 +117,8 @@ def test_a_run_is_measured_on_its_own_data_or_others_that_are_named(capsys):
     main("run", "--dataset", "e2e")
     found = json.loads(Path("run/measure.json").read_text())["data"]["validation"]
     assert found["files"] == {"validation/0.jsonl": files["validation"].stat().st_size}
+    main("run", "--dataset", "toysql", "--examples", "8")  # what the run says of e2e is not meant
+    assert json.loads(Path("run/measure.json").read_text())["on"]["data_path"] is None
 
 
 def test_the_dense_run_beside_a_run_is_of_the_same_data(capsys):
