@@ -308,8 +308,6 @@ def locked(folder, wait):
     except Timeout as error:
         taken = f"another process is at work in {folder}: wait, or name another --out"
         raise ValueError(taken) from error
-    with suppress(OSError):  # on Windows, while another process waits for it
-        (folder / ".lock").unlink()
 
 
 def dense_for(args, flags):
@@ -442,8 +440,9 @@ def run(flags, implied=False):
 def finished(out):
     """A finished run's metrics; what it took to go on with it goes."""
     if PROCESS == 0:
-        for file in ("checkpoint.pt", "settings.json"):
-            (out / file).unlink(missing_ok=True)
+        for file in ("checkpoint.pt", "settings.json", ".lock"):
+            with suppress(OSError):  # none there; or, on Windows, the lock is held
+                (out / file).unlink()
     return measure.read_run(out).metrics
 
 

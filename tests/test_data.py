@@ -598,7 +598,7 @@ def test_a_hub_out_of_reach_is_named_beside_what_works(dataset, revision, wanted
     no_network, hub = Mock(side_effect=OSError("two\nlines")), data.DATASETS[dataset]["hub"]
     monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
     message = mistake(ConnectionError, dataset=dataset)
-    assert all(word in message for word in (hub, "two lines", "--data-path", "--dataset stdlib"))
+    assert all(word in message for word in (hub, "OSError", "--data-path", "--dataset stdlib"))
     assert no_network.call_args == call(hub, repo_type="dataset", revision=revision,
                                         allow_patterns=wanted)
     write({"validation.jsonl": b""})
