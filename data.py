@@ -11,11 +11,13 @@ the target counts in the loss. `load("stdlib", "train", 257, 128).batch([0, 1, 2
 
 import hashlib
 import json
+import os
 import random
 import re
 import sys
 import sysconfig
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -35,19 +37,20 @@ DATASETS = {
                     columns=["table.header", "question", "sql.human_readable"],
                     pair=lambda header, question, sql: (sql_prompt(header, question), sql)),
     "samsum": dict(metric="rouge", hub="knkarthick/samsum", columns=["dialogue", "summary"],
-                   pair=lambda dialogue, summary:  # one has no dialogue
-                   (f"{dialogue or ''}\nSummary:\n", summary or "")),
+                   null="",  # one has no dialogue
+                   pair=lambda dialogue, summary: (f"{dialogue}\nSummary:\n", summary)),
     "e2e": dict(metric="bleu", hub="tuetschek/e2e_nlg", revision="refs/convert/parquet",
                 columns=["meaning_representation", "human_reference"],
                 pair=lambda meaning, reference: (f"{meaning}\n", reference)),
 }
 
 
-def load(dataset, split, vocab_size, block_size, path=None, config=None, cache_dir="cache"):
+def load(dataset, split, vocab_size, block_size, path=None, config=None):
     """A split ("train" or "validation") as `Blocks` or `Examples` of at most `block_size` tokens.
 
-    `path`, a folder, replaces the Hub; `config` names a configuration; `cache_dir` keeps tokens.
-    Raises ValueError or OSError for a user's mistake, in one line that says what would work.
+    `path`, a folder, replaces the Hub; `config` names a configuration. Its `about` says what data
+    these are: source, files and bytes, sha256, documents or rows, tokens. Raises ValueError or
+    OSError for a user's mistake, in one line that says what would work.
     """
     if dataset not in DATASETS:
         raise ValueError(f"--dataset {dataset} is none of {', '.join(DATASETS)}")
@@ -60,16 +63,25 @@ def load(dataset, split, vocab_size, block_size, path=None, config=None, cache_d
         raise ValueError(f"--block-size {block_size}: a block has at least 1 token")
     tok = tokenizer(vocab_size)
     if DATASETS[dataset]["metric"] == "perplexity":
-        documents, fingerprint = wikitext(split, path, config) if hub else stdlib(split)
+        documents, about = wikitext(split, path, config) if hub else stdlib(split)
         # 3 stands for the code that makes tokens: raise it when that changes.
-        file = Path(cache_dir, f"{dataset}-{split}-{vocab_size}-3-{fingerprint}.bin")
-        tokens = cached(file, documents, tok)
+        name = f"{dataset}-{split}-{vocab_size}-3-{about['sha256'][:16]}.bin"
+        tokens = cached(cache_folder() / name, documents, tok)
         if len(tokens) < max(block_size, 2):
-            raise ValueError(f"{dataset} {split} has {len(tokens)} tokens: lower --block-size")
-        return Blocks(tokens, block_size, tok.eot)
-    pairs = hub_pairs(dataset, split, path, config) if hub else toysql(split)
+            raise ValueError(f"{dataset} {split} has {len(tokens)} tokens, too few for --block-size "
+                             f"{block_size}")
+        blocks = Blocks(tokens, block_size, tok.eot)
+        blocks.about = about | dict(documents=int((tokens == tok.eot).sum()) + 1,
+                                    tokens=len(tokens))
+        return blocks
+    if hub:
+        rows, about = read(dataset, split, path, config)
+        pairs = [DATASETS[dataset]["pair"](*row) for row in rows]
+    else:
+        pairs, about = toysql(split)
     examples = Examples(pairs, block_size, tok)
     sizes = examples.sizes
+    examples.about = about | dict(rows=len(sizes), tokens=sum(sizes))
     if len(examples) < len(sizes):
         message = (f"{dataset} {split}: {len(sizes) - len(examples)} of {len(sizes)} examples (of "
                    f"{min(sizes)} to {max(sizes)} tokens) exceed the block of {block_size}")
@@ -122,7 +134,7 @@ class Blocks:
         return ids[:, :-1].where(real, self.eot), ids[:, 1:].where(real, -100), real
 
     def by_length(self):
-        """The order to evaluate in: as they come, for all are as long."""
+        """The order to evaluate in: all are as long."""
         return list(range(len(self)))
 
 
@@ -212,7 +224,7 @@ def micro_batches(batch, device, parts=1, process=0, processes=1, sim_tokens=Non
 
 
 def stdlib(split):
-    """The running Python's standard library: (its sources, a fingerprint); 5 % are validation."""
+    """The running Python's standard library: (its sources, about them); 5 % are validation."""
     root = Path(sysconfig.get_paths()["stdlib"])
     # Left out: installed packages; generated tables; tests, which some distributions strip.
     skip = ("(site|dist)-packages|tests?|idle_test|encodings|pydoc_data|__pycache__|config-.*|"
@@ -226,17 +238,29 @@ def stdlib(split):
         validation = hashlib.sha256(source).digest()[0] < 13  # of 256
         if source and validation == (split == "validation"):
             documents.append(source.decode(errors="replace"))
-    return documents, hashlib.sha256(repr(documents).encode()).hexdigest()[:16]
+    source = f"Python {sys.version.split()[0]}'s standard library"
+    return documents, dict(source=source, files={}, sha256=sha256(documents))
 
 
 def wikitext(split, path, config):
-    """WikiText: (its articles, when asked for, a fingerprint)."""
-    rows = read("wikitext", split, path, config)
+    """WikiText: (its articles, when asked for, about them)."""
+    rows, about = read("wikitext", split, path, config)
 
     def articles():  # split before " = Title = ", not before " = = Section = = "
-        yield from filter(None, re.split("(?m)^(?= = (?!= ).+ = $)", "".join(rows["text"])))
+        text = "".join(text for text, in rows)
+        yield from filter(None, re.split("(?m)^(?= = (?!= ).+ = $)", text))
 
-    return articles(), rows._fingerprint  # of the files' names and times, or the Hub's commit
+    return articles(), about
+
+
+def sha256(texts):
+    """A list's hash."""
+    return hashlib.sha256(repr(texts).encode()).hexdigest()
+
+
+def cache_folder():
+    """Where tokens are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "fine-pruning")
 
 
 def cached(file, documents, tok):
@@ -246,26 +270,24 @@ def cached(file, documents, tok):
     """
     if file.exists():
         stored = np.fromfile(file, np.uint8)
-        if stored[-4:].tobytes() == zlib.crc32(stored[:-4]).to_bytes(4, "little"):
+        if stored[-4:].tobytes() == zlib.crc32(stored[:-4], 1).to_bytes(4, "little"):
             return stored[:-4].view(np.uint16)
-    file.parent.mkdir(parents=True, exist_ok=True)
     ids = (i for document in documents for i in [*tok.encode(document), tok.eot])
     tokens = np.fromiter(ids, np.uint16)[:-1]  # 0.2 GB for WikiText-103
-    with TemporaryDirectory(dir=file.parent) as beside:  # its own: others may be writing theirs
-        crc = zlib.crc32(tokens).to_bytes(4, "little")
-        Path(beside, "tokens").write_bytes(tokens.tobytes() + crc)
-        Path(beside, "tokens").replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=file.parent) as beside:  # its own: others may write theirs
+            crc = zlib.crc32(tokens, 1).to_bytes(4, "little")  # 1: that of nothing is not 0
+            Path(beside, "tokens").write_bytes(tokens.tobytes() + crc)
+            Path(beside, "tokens").replace(file)
+    except OSError as error:
+        raise OSError(f"can't keep tokens in {file.parent} ({error.strerror}): name another place "
+                      "by XDG_CACHE_HOME") from error
     return tokens
 
 
 # Prompts and targets. GPT-2's tokenizer joins no letter with the newline that ends a prompt: so the
 # two, encoded apart, are the tokens of the whole text.
-
-
-def hub_pairs(dataset, split, path, config):
-    """wikisql, samsum or e2e as a list of (prompt, target) texts."""
-    pair = DATASETS[dataset]["pair"]
-    return [pair(*row.values()) for row in read(dataset, split, path, config)]
 
 
 def sql_prompt(header, question):
@@ -281,17 +303,17 @@ def to_sql(header, sel, agg, conds):
     return f"SELECT {aggregate}{header[sel]} FROM table" + (f" WHERE {where}" if where else "")
 
 
-def wikisql_release(file):
-    """The rows of WikiSQL's own release: train.jsonl or dev.jsonl, with its tables beside it."""
-    rows, tables = (map(json.loads, open(path, encoding="utf-8"))
-                    for path in (file, file.with_suffix(".tables.jsonl")))
+def wikisql_release(file, tables):
+    """The rows of WikiSQL's own release: train.jsonl or dev.jsonl, with its `tables` beside it."""
+    rows, tables = (map(json.loads, path.read_bytes().splitlines()) for path in (file, tables))
     headers = {table["id"]: table["header"] for table in tables}
-    return [{"table.header": (header := headers[row["table_id"]]), "question": row["question"],
-             "sql.human_readable": to_sql(header, **row["sql"])} for row in rows]
+    for row in rows:
+        header = headers[row["table_id"]]
+        yield header, row["question"], to_sql(header, **row["sql"])
 
 
 def toysql(split):
-    """A made-up WikiSQL for small models: (prompt, target) texts, always the same.
+    """A made-up WikiSQL for small models: (its pairs, always the same, about them).
 
         cityK | goalF | teamX
         how many team with goal over 312?
@@ -319,36 +341,115 @@ def toysql(split):
                     f"{table[column]} {rng.choice(compare[operator])} {value}?")
         pairs[sql_prompt(header, question)] = to_sql(header, sel, agg, [(column, operator, value)])
     pairs = list(pairs.items())
-    return pairs[:20_000] if split == "train" else pairs[20_000:]
+    pairs = pairs[:20_000] if split == "train" else pairs[20_000:]
+    return pairs, dict(source="toysql", files={}, sha256=sha256(pairs))
+
+
+# Files, in a folder or on the Hub.
 
 
 def read(dataset, split, path, config):
-    """A split's columns, on the Hub or in a folder like it; "table.header" is a nested one."""
+    """A split of a data set with files: (its rows, when asked for, about them).
+
+    Rows are tuples of its columns; "table.header" is a nested one. They are the files' as they are
+    now: the library finds and parses those, but nothing that it keeps comes in between.
+    """
     import datasets  # only here: data sets that need no files do without
     import huggingface_hub
 
     for library in datasets, huggingface_hub.utils:
         library.disable_progress_bars()
         library.logging.set_verbosity(library.logging.CRITICAL)
-    known = DATASETS[dataset]
-    source = str(Path(path).resolve()) if path else known["hub"]
-    if not path:
-        print(f"reading {source} from the Hub", file=sys.stderr)
-    try:
-        if dataset == "wikisql" and path and list(Path(path).glob("*.tables.jsonl")):
-            source = Path(source, "train.jsonl" if split == "train" else "dev.jsonl")
-            rows = datasets.Dataset.from_list(wikisql_release(source))
-        else:
+    hub, columns, null = map(DATASETS[dataset].get, ("hub", "columns", "null"))
+    usual = DATASETS[dataset].get("config")
+    folder = Path(path).resolve() if path else download(dataset, config or usual)
+    source = str(folder) if path else f"{hub}, commit {folder.name}"
+    for below in (hub, Path(hub).name) if path else ():
+        if (folder / below).is_dir():
+            raise ValueError(f"--data-path {path} is too high up: {folder / below} would do")
+    if set("*?[") & set(str(folder)):
+        raise ValueError(f"*, ? and [ in a folder's name stand for others: rename {folder}")
+    if dataset == "wikisql" and any(folder.glob("*.tables.jsonl")):
+        name = "train" if split == "train" else "dev"
+        source = str(folder / f"{name}.jsonl")
+        files = [Path(source), folder / f"{name}.tables.jsonl"]
+        rows = wikisql_release(*files)
+    else:
+        with readable(split, source), TemporaryDirectory() as kept:
             # A folder that declares no configuration has one, which the library calls "default".
-            if not path or datasets.get_dataset_config_names(source) != ["default"]:
-                config = config or known.get("config")
-            rows = datasets.load_dataset(source, config, split=split,
-                                         revision=None if path else known.get("revision"))
-        return rows.flatten().select_columns(known["columns"])
-    except Exception as error:  # the library's, the network's, a parser's: nobody lists them
-        reason = " ".join(f"{type(error).__name__} {error} {error.__cause__ or ''}".split())
-        if path or isinstance(error, ValueError):
-            raise ValueError(f"can't read the {split} split of {source}: {reason} (is a file empty "
-                             f"or damaged, or is --data-config {config} wrong?)") from error
-        raise ConnectionError(f"{source} is out of reach ({reason}): give --data-path DIR, a copy, "
-                              "or --dataset stdlib or toysql") from error
+            if datasets.get_dataset_config_names(str(folder)) != ["default"]:
+                config = config or usual
+            builder = datasets.load_dataset_builder(str(folder), config, cache_dir=kept)
+            files = builder.config.data_files[split]
+        rows = parsed(builder, split, files, columns)
+
+    def known():
+        """The files' names and bytes, and a hash of all that."""
+        sizes, digest = {}, hashlib.sha256()
+        for file in files:
+            name = Path(os.path.relpath(file, folder)).as_posix()
+            content = Path(file).read_bytes()
+            sizes[name] = len(content)
+            digest.update(f"{name} {len(content)} ".encode() + content)
+        return dict(files=sizes, sha256=digest.hexdigest())
+
+    def checked():
+        number = 0
+        with readable(split, source):
+            for number, row in enumerate(rows, 1):
+                row = [null if value is None else value for value in row]
+                for name, value in zip(columns, row):
+                    texts = value if name == "table.header" else [value]
+                    if not (isinstance(texts, list) and all(isinstance(x, str) for x in texts)):
+                        raise ValueError(f"column {name} is {value!r:.60} in row {number}")
+                yield row
+            if not number:
+                raise ValueError("it holds no rows")
+            if known() != about:
+                raise ValueError("its files change while they are read")
+
+    with readable(split, source):
+        about = known()
+    return checked(), dict(source=source) | about
+
+
+@contextmanager
+def readable(split, source):
+    """Makes one ValueError of whatever goes wrong in reading."""
+    try:
+        yield
+    except Exception as error:  # the library's, a parser's: nobody lists them
+        name = "" if type(error) is ValueError else type(error).__name__
+        reason = " ".join(f"{name} {error} {error.__cause__ or ''}".split())
+        raise ValueError(f"can't read the {split} split of {source}: {reason}") from error
+
+
+def parsed(builder, split, files, columns):
+    """The rows of `files`, as `builder` of the library `datasets` reads them."""
+    for number in re.findall(r"-of-(\d+)\.", " ".join(map(os.path.basename, files))):
+        if int(number) != len(files):
+            raise ValueError(f"{len(files)} files are there of {int(number)}")
+    # In CSV files NA is text, too; for Parquet files of no rows the library's own size is 0.
+    vars(builder.config).update(keep_default_na=False, batch_size=10_000)
+    for file in files:  # each alone, lest its types be turned into another's, or the README's
+        builder.info.features, builder.config.data_files = None, {split: [file]}
+        for table in builder.as_streaming_dataset(split).with_format("arrow").iter(10_000):
+            table = table.flatten()  # pyarrow's
+            if missing := [name for name in columns if name not in table.column_names]:
+                raise ValueError(f"its columns are {table.column_names}, without {missing}")
+            yield from zip(*(table[name].to_pylist() for name in columns))
+
+
+def download(dataset, config):
+    """The folder of a Hub's data set in Hugging Face's cache, fetched if need be."""
+    import huggingface_hub
+
+    hub, revision = map(DATASETS[dataset].get, ("hub", "revision"))
+    print(f"reading {hub} from the Hub", file=sys.stderr)
+    try:
+        return Path(huggingface_hub.snapshot_download(
+            hub, repo_type="dataset", revision=revision,
+            allow_patterns=["README.md", f"{config}/*"] if config else None))
+    except Exception as error:  # whatever went wrong, the way out is the same
+        raise ConnectionError(f"{hub} is out of reach ({type(error).__name__}): give --data-path "
+                              "DIR, a copy, or --dataset stdlib or toysql") from error

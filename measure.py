@@ -1,6 +1,6 @@
 """What the paper measures of finished runs, to see why methods differ (section 3.2, Appendix E).
 
-    python measure.py out/RUN ...                        writes measure.json into each run's folder
+    python measure.py [evaluate] out/RUN ...             writes measure.json into each run's folder
     python measure.py table out/RUN ...                  the paper's tables: methods by leftover
     python measure.py figures out/RUN ... --out figures  the paper's figures, and training curves
     python measure.py sample out/RUN --prompt TEXT       what the dense and the pruned model write
@@ -13,23 +13,28 @@ import json
 import math
 import os
 import re
+import signal
 import sys
-import textwrap
-import time
+import zlib
 from collections import namedtuple
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import cache
 from itertools import islice, zip_longest
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from types import SimpleNamespace
 from typing import NamedTuple
+
+from results import early
+
+if __name__ == "__main__":
+    early.look(__file__, "read_flags")
 
 import torch
 import torch.nn.functional as F
 
 import data
-from model import GPT
+from model import GPT, whole
 from prune import similarity
 
 MEASURES = {  # a value in measure.json: its name in tables and figures
@@ -67,43 +72,18 @@ def mean_loss(model, examples, autocast, most=None):
     return (total / count).item()  # nothing before waits for the device
 
 
-def timed(function, device):
-    """How many seconds `function` takes, and what it returns."""
-    began, result = time.perf_counter(), function()
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began, result
-
-
-@torch.no_grad()
-def prefill_speed(models, idx, rounds=7):
-    """Tokens per second with which each of `models` reads `idx` [B, T]: medians, in turns."""
-    idx = idx.to(models[0].wte.weight.device)
-    seconds = [[timed(lambda: model(idx), idx.device)[0] for model in models]
-               for _ in range(rounds + 1)]
-    return [idx.numel() / median(times[1:]) for times in zip(*seconds)]  # the first round warms up
-
-
 @torch.no_grad()
 def exact_matches(model, examples):
     """For each example, in the order of `by_length`: would greedy decoding write just the target?
 
     It does if every token of it, end of text included, is the arg-max after the true ones before
-    it: the first is picked, so the same text is read, so the second is picked, and so on.
+    it: the first is picked, so the same text is read, so the second is picked.
     """
     matches = []
     for idx, targets, _ in batches(model, examples):
         said = model(idx)[0].argmax(-1)  # [B, T, V] -> [B, T]
         matches += ((said == targets) | (targets == -100)).all(1).tolist()
     return matches
-
-
-def sampled(model, ids, tokens):
-    """The text of `ids` and up to `tokens` more: drawn, but always the same ones."""
-    tokenizer = data.tokenizer(model.config.vocab_size)
-    generator = torch.Generator(model.wte.weight.device).manual_seed(0)
-    new, = model.generate([ids], tokens, 0.8, top_k=40, eot=tokenizer.eot, generator=generator)
-    return tokenizer.decode(ids + new)
 
 
 def write_texts(model, examples, prompts=0, beams=1):
@@ -137,14 +117,15 @@ def text_scores(written, references):
 
 
 def activation_statistics(model, examples, tokens=2048, first=None):
-    """Sensitivity, and C of each layer, from one pass over a split or its `first` sequences.
+    """Sensitivity, C of each layer, and the number of tokens behind it, from one pass over a split
+    or its `first` sequences.
 
     Sensitivity = sum_l sum_i |h_i(X) . dL/dh_i(X)| (Appendix E), the mean over sequences X, in
     nats: the dot product is over X's tokens, L is X's mean loss. C [k, k] = sum over real
     tokens of h^T h, Algorithm 1 without decay, in float64, so that no order of summing shows: 0.9
     GB in all for gpt2, 13 GB for GPT-Neo-1.3B.
     """
-    hs, total, count = [], 0.0, 0
+    hs, total, count, seen = [], 0.0, 0, 0
     Cs = [model.wte.weight.new_zeros(k, k, dtype=torch.float64) for k in model.config.mlp_widths]
     for block in model.h:
         block.mlp.record = hs.append
@@ -157,19 +138,19 @@ def activation_statistics(model, examples, tokens=2048, first=None):
             h = h.detach().double()  # [B, T, k]
             total += (h * gradient).sum(1).abs().sum().item()  # padding has no gradient
             C.addmm_(h[real].T, h[real])
-        count += len(idx)
+        count, seen = count + len(idx), seen + int(real.sum())
         hs.clear()
     for block in model.h:
         block.mlp.record = None
-    return total / count, Cs
+    return total / count, Cs, seen
 
 
 def span_residuals(C, ridge=1e-6):
     """The share of |h_i|^2 that no linear combination of the layer's other neurons gives. [k]
 
     1 / (C_ii (C^-1)_ii) (Definition 3.1), with `ridge` times the mean of C's diagonal added to it,
-    lest C be singular: 0 in the others' span, 1 orthogonal to it. Means nothing if there are fewer
-    tokens than neurons.
+    lest C be singular: 0 in the others' span, 1 orthogonal to it. In k independent neurons, chance
+    lets the others explain k / tokens of each.
     """
     silent = C.diagonal() == 0  # h_i = 0 is in any span; its C_ii may be anything above 0
     ridged = C + torch.diag_embed(ridge * C.diagonal().mean() + silent)
@@ -177,11 +158,12 @@ def span_residuals(C, ridge=1e-6):
     return torch.where(silent, 0.0, 1 / (ridged.diagonal() * inverse))
 
 
-def redundancy(Cs, threshold=0.8, bins=10):
+def redundancy(Cs, tokens=math.inf, threshold=0.8, bins=10):
     """Uniqueness, span uniqueness (None if nothing is left) and `counts`, from all layers' C.
 
     Uniqueness = 1 - duplicates / neurons: a duplicate has |cos| >= 0.8 to a *later* neuron of its
-    layer, so of k copies one is unique (Appendix E). Span uniqueness: the mean of `span_residuals`.
+    layer, so of k copies one is unique (Appendix E). Span uniqueness: the mean of `span_residuals`,
+    or None if there are less than two of the `tokens` behind C to a neuron of the widest layer.
     `counts`: a layer's neurons by the largest |cos| to another, in `bins` from 0 to 1 (Figure 3).
     """
     duplicates, shares, counts = 0, [], [[0] * bins for _ in Cs]
@@ -193,37 +175,57 @@ def redundancy(Cs, threshold=0.8, bins=10):
             del cos
             shares += span_residuals(C).tolist()
     unique, span = (1 - duplicates / len(shares), fmean(shares)) if shares else (None, None)
-    return dict(uniqueness=unique, span_uniqueness=span), counts
+    enough = tokens >= 2 * max(map(len, Cs), default=0)
+    return dict(uniqueness=unique, span_uniqueness=span if enough else None), counts
 
 
 # Runs, as `train.py` leaves them.
 
 
-def write_whole(path, text):
-    """Write a small file so that it is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+FORMAT = 1  # of these files: raise it when what they hold changes
+
+
+def checksum(content):
+    """Of a dict, as this version writes it."""
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode(), FORMAT)
+
+
+def write_json(path, content):
+    """Write a dict, whole or not at all, with its checksum."""
+    with whole(path) as file:
+        file.write_text(json.dumps(content | dict(crc32=checksum(content)), indent=1))
+
+
+def read_json(path, key):
+    """What `write_json` has written, {} if nothing. Raises ValueError if it is no longer just that,
+    or lacks `key`."""
+    try:
+        content = json.loads(path.read_text())
+        if content[key] and content.pop("crc32") == checksum(content):
+            return content
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    lost = path if key == "values" else path.parent
+    raise ValueError(f"{path} is damaged, or of another version: remove {lost} and start over")
+
+
+def log_state(content):
+    """By which a log is known: its length in bytes, and its checksum."""
+    return [len(content), zlib.crc32(content)]
 
 
 def read_run(folder):
     """What a run's folder holds: `path`, `state` ("finished", "interrupted" or "new"), `settings`,
     `metrics` and `measures`, {} where it has none. Raises ValueError if a file is damaged."""
-    path, found = Path(folder), []
+    path = Path(folder)
     if not path.is_dir():
         raise FileNotFoundError(f"no such run: {folder} is not a folder")
     # In this order, lest a run that ends meanwhile look new: its settings.json goes last.
-    for name, key in ("settings", "method"), ("metrics", "settings"), ("measure", "values"):
-        file = path / f"{name}.json"
-        try:
-            content = json.loads(file.read_text())
-            found.append({key: content[key], **content})
-        except FileNotFoundError:
-            found.append({})
-        except (ValueError, KeyError, TypeError) as error:
-            lost = file if name == "measure" else path
-            raise ValueError(f"{file} is damaged: remove {lost} and start over") from error
-    settings, metrics, measures = found
+    settings, metrics, measures = (
+        read_json(path / f"{name}.json", key) for name, key in
+        (("settings", "method"), ("metrics", "settings"), ("measure", "values")))
     state = "finished" if metrics else "interrupted" if settings else "new"
     return SimpleNamespace(path=path, state=state, settings=metrics.get("settings", settings),
                            metrics=metrics, measures=measures)
@@ -237,17 +239,34 @@ def read_model(folder):
     return run
 
 
-def find_dense(folders, settings):
+def hashes(about):
+    """What tells data from others: each split's hash."""
+    return {split: of_split["sha256"] for split, of_split in about.items()}
+
+
+def check_data(about, known, folder, way_out):
+    """ValueError if the data of the run in `folder`, as `known` there, are others than `about`."""
+    if hashes(known) != hashes(about):
+        there, here = (of["validation"]["source"] for of in (known, about))
+        raise ValueError(f"{folder} was made with other data, from {there}, than these, from {here}"
+                         f": {way_out}")
+
+
+def find_dense(folders, settings, about=None):
     """The finished dense run in one of `folders` of the same data, model and seed as `settings`,
-    and most alike in all else; or None."""
+    and most alike in all else; or None. `about`: what its data were, if that is known."""
     def origin(settings):  # the same folder is the same model, however it was written
         return [os.path.realpath(settings.get("model", "")),
                 *map(settings.get, ("dataset", "data_config", "seed"))]
 
-    files = {file for folder in folders for file in Path(folder).glob("*/metrics.json")}
-    dense = [run for run in (read_run(file.parent) for file in sorted(files))
-             if run.settings["method"] == "none" and not run.settings["distill"]
-             and origin(run.settings) == origin(settings)]
+    dense = []
+    for file in sorted({file for one in folders for file in Path(one).glob("*/metrics.json")}):
+        with suppress(ValueError):  # a damaged one is not meant
+            run = read_run(file.parent)
+            if (run.settings["method"] == "none" and not run.settings["distill"]
+                    and origin(run.settings) == origin(settings)
+                    and (about is None or hashes(about) == hashes(run.metrics["data"]))):
+                dense.append(run)
     return max(dense, default=None, key=lambda run: len(run.settings.items() & settings.items()))
 
 
@@ -255,10 +274,10 @@ def dense_run(run, folder):
     """The run in `folder`, or if that is None the dense one beside `run`, or None."""
     if folder or not run.metrics:
         return read_model(folder) if folder else None
-    return find_dense([run.path.parent], run.settings)
+    return find_dense([run.path.parent], run.settings, run.metrics["data"])
 
 
-# The commands. Those that compare runs are in results/compare.py.
+# The first command. The others, which compare runs, are in results/compare.py.
 
 On = namedtuple("On", "dataset data_path data_config block_size split examples generate beams "
                 "outputs")
@@ -266,17 +285,18 @@ On = namedtuple("On", "dataset data_path data_config block_size split examples g
 
 @cache  # one dense run serves many
 def measure(path, device, on):
-    """A model's values by name, `counts` of `redundancy`, widths, and texts it wrote with their
-    references, measured as the flags `on` say."""
+    """A model's values by name, `counts` of `redundancy`, widths, texts it wrote with their
+    references, and what is known about the data, measured as the flags `on` say."""
     model = GPT.from_pretrained(path).to(device)
     longest, texts = model.config.n_positions, ()
     block_size = on.block_size or longest
     if block_size > longest:
         raise ValueError(f"--block-size {block_size} is more than the context of {path}, {longest}")
     where = model.config.vocab_size, block_size, on.data_path, on.data_config
-    validation, metric = load(on.dataset, "validation", *where), data.DATASETS[on.dataset]["metric"]
+    splits = {split: load(on.dataset, split, *where) for split in ("validation", on.split)}
+    validation, metric = splits["validation"], data.DATASETS[on.dataset]["metric"]
     values = dict(loss=mean_loss(model, validation, nullcontext()))
-    values["perplexity"] = math.exp(values["loss"])
+    values["perplexity"] = math.exp(min(values["loss"], 700))
     if metric == "exact_match":
         values[metric] = fmean(exact_matches(model, validation))
     if on.outputs or metric in ("rouge", "bleu"):
@@ -284,14 +304,14 @@ def measure(path, device, on):
             raise ValueError(f"--outputs needs prompts, and {on.dataset} is plain text without any")
         texts = write_texts(model, validation, on.generate, on.beams)
         values |= text_scores(*texts)
-    values["sensitivity"], Cs = activation_statistics(
-        model, load(on.dataset, on.split, *where), first=on.examples)
-    unique, counts = redundancy(Cs)
-    return values | unique, counts, model.config.mlp_widths, texts
+    values["sensitivity"], Cs, tokens = activation_statistics(model, splits[on.split],
+                                                              first=on.examples)
+    unique, counts = redundancy(Cs, tokens)
+    about = {split: sequences.about for split, sequences in splits.items()}
+    return values | unique, counts, model.config.mlp_widths, texts, about
 
 
 def ratio(value, base):
-    """value / base, or None where there is none."""
     return value / base if base and value is not None else None
 
 
@@ -301,61 +321,37 @@ def evaluate(args):
     given = {name: value for name, value in vars(args).items() if value is not None}
     row = "{:40}{:>10}{:>10}{:>10}".format
     for run in map(read_model, args.runs):
-        known = run.settings | dict(block_size=run.metrics.get("block_size")) | given
+        own = run.settings | dict(block_size=run.metrics.get("block_size"))
+        known = (own if args.dataset in (None, own.get("dataset")) else {}) | given
         on, dense, base, full = On(*map(known.get, On._fields)), dense_run(run, args.dense), {}, ()
         if not on.dataset:
             raise ValueError(f"{run.path} does not say what to measure it on: add --dataset")
-        values, counts, widths, texts = measure(run.path.absolute(), args.device, on)
+        values, counts, widths, texts, about = measure(run.path.absolute(), args.device, on)
+        if run.metrics and not args.dataset:
+            check_data(about, {split: run.metrics["data"][split] for split in about}, run.path,
+                       f"measure them with --dataset {on.dataset}")
         if dense:
-            base, _, full, _ = measure(dense.path.absolute(), args.device, on)
+            base, _, full, *_ = measure(dense.path.absolute(), args.device, on)
         full = run.metrics["start"]["widths"] if run.metrics else full
         ratios = {name: ratio(value, base.get(name)) for name, value in values.items()}
         values = values | dict(leftover=ratio(sum(widths), sum(full)))
         shares = [k / max(m, 1) for k, m in zip(widths, full)]
-        found = dict(on=on._asdict(), dense=dense and dense.path.name, values=values, ratios=ratios,
-                     widths=widths, leftover_per_layer=shares or None, counts=counts)
-        files = {"measure.json": json.dumps(found, indent=1, allow_nan=False)}
+        write_json(run.path / "measure.json", dict(
+            on=on._asdict(), data=about, dense=dense and dense.path.name, values=values,
+            ratios=ratios, widths=widths, leftover_per_layer=shares or None, counts=counts))
         if on.outputs:  # a line for each text; an empty line between groups of references
             groups = ("\n".join(filter(None, group)) for group in texts[1])
-            files |= {"outputs.txt": "\n".join(texts[0]), "references.txt": "\n\n".join(groups)}
-        for name, text in files.items():
-            write_whole(run.path / name, text + "\n")
+            for name, lines in (("outputs.txt", "\n".join(texts[0])),
+                                ("references.txt", "\n\n".join(groups))):
+                with whole(run.path / name) as file:
+                    file.write_text(lines + "\n")
         print("\n" + row(str(run.path), "this", "dense", "ratio"))
         for name in values:
             numbers = [of.get(name) for of in (values, base, ratios)]
             print(row(MEASURES[name], *("-" if x is None else f"{x:.4g}" for x in numbers)))
         print("leftover per layer:", *(f"{share:.1%}" for share in shares))
-
-
-def table(args):
-    """Print the paper's tables."""
-    from results import compare
-
-    compare.table(args)
-
-
-def figures(args):
-    """Draw the paper's figures, and training curves."""
-    from results import compare
-
-    compare.figures(args)
-
-
-def sample(args):
-    """Print what the dense and the pruned model write after a prompt, side by side."""
-    if not args.prompt:
-        raise ValueError("there is nothing to continue: give a --prompt")
-    for run in map(read_model, args.runs):
-        columns = []
-        for title, one in ("dense", dense_run(run, args.dense)), ("pruned", run):
-            if one:
-                model = GPT.from_pretrained(one.path).to(args.device)
-                ids = data.tokenizer(model.config.vocab_size).encode(args.prompt)
-                text = sampled(model, ids, args.tokens)
-                lines = [f"{title}: {one.path}", "", *text.splitlines()]
-                columns.append([part for line in lines for part in textwrap.wrap(line, 56) or [""]])
-        for parts in zip_longest(*columns, fillvalue=""):
-            print(" | ".join(f"{part:56}" for part in parts).rstrip())
+        if values["span_uniqueness"] is None and sum(widths):
+            print("span uniqueness takes two tokens to each neuron of a layer: raise --examples")
 
 
 # The command line, of train.py and results/bench.py too.
@@ -398,23 +394,22 @@ def parse(parser, groups, words):
         if flag.within and value is not None and not RANGES[flag.within](value):
             parser.error(f"{flag_of(name)} {value} is out of range: it must be {flag.within}")
     device = getattr(args, "device", None) or "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        parser.error(f"--device {device}: it is cuda or cpu")
-    if device != "cpu" and not torch.cuda.is_available():
-        parser.error(f"--device {device}: this machine or torch has no CUDA; use --device cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?" if torch.cuda.is_available() else "cpu", device):
+        parser.error(f"--device {device}: it is cuda or cpu, and without CUDA --device cpu")
     return args
 
 
 RUNS = Flag(str, "the folders of finished runs")
-DENSE = Flag(str, "the dense model's folder (default: the dense run like RUN beside it)")
-DEVICE = Flag(str, "cuda or cpu", "cuda" if torch.cuda.is_available() else "cpu")
+DENSE = Flag(str, "the dense model's folder (default: the dense run beside RUN, and like it)")
+DEVICE = Flag(str, "cuda or cpu (default: cuda if there is one)")
+BEST_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLAGS = dict(
     evaluate=dict(
         runs=RUNS, dense=DENSE, device=DEVICE,
         dataset=Flag(data.DATASETS, "what to measure on (as the next three: the run's)"),
         data_path=Flag(str, "a local folder with the data"),
-        data_config=Flag(str, "the data's configuration"),
-        block_size=Flag(int, "tokens per sequence (of a folder with only a model: its context)",
+        data_config=Flag(str, "their configuration"),
+        block_size=Flag(int, "tokens per sequence (of only a model: its context)",
                         within=ABOVE_0),
         split=Flag(("train", "validation"), "to measure redundancy on", "train"),
         examples=Flag(int, "sequences of it; 0 = all", 512, None, AT_LEAST_0),
@@ -431,26 +426,46 @@ FLAGS = dict(
         tokens=Flag(int, "how many to write at most", 120, None, AT_LEAST_0)))
 
 
-def call(commands, flags, about):
-    """Call which of `commands` the command line names, or the first. A mistake is one line."""
+def command_line(commands, flags, about):
+    """Which of `commands` is named, or the first, its flags, and the parser, whose `error` tells a
+    mistake in one line."""
     words, commands = sys.argv[1:], {command.__name__: command for command in commands}
-    name = words.pop(0) if words and words[0] in commands else next(iter(commands))
-    parser = argparse.ArgumentParser(description=about,
+    named = bool(words) and words[0] in commands
+    name = words.pop(0) if named else next(iter(commands))
+    parser = argparse.ArgumentParser(f"{Path(sys.argv[0]).name} {name}", allow_abbrev=False,
+                                     description=commands[name].__doc__ if named else about,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.print_usage = lambda file: None  # so that a mistake takes one line
+    if words and not named and words[0][0] != "-" and not os.path.exists(words[0]):
+        parser.error(f"{words[0]} is no run's folder, and none of {', '.join(commands)}")
     args = parse(parser, {name: flags[name]}, words)
     for flag, one in flags[name].items():
         if getattr(args, flag) is None:
-            setattr(args, flag, one.default if one.kind else False)
+            usual = BEST_DEVICE if flag == "device" else one.default
+            setattr(args, flag, usual if one.kind else False)
+    return commands[name], args, parser
+
+
+def call(command, args, parser):
+    """Call it. A user's mistake is one line."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        commands[name](args)
+        command(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as after `| head -1`
+        os._exit(1)
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
-def main():
-    call((evaluate, table, figures, sample), FLAGS, __doc__)
+def read_flags():
+    from results import compare
+
+    commands = evaluate, compare.table, compare.figures, compare.sample
+    return command_line(commands, FLAGS, __doc__)
 
 
 if __name__ == "__main__":
-    main()
+    call(*read_flags())

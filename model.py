@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,32 +33,28 @@ class GPTConfig:
     attn_scaled: bool = True  # GPT-Neo does not divide its attention logits by sqrt(head size)
     qkv_bias: bool = True  # GPT-Neo's query, key and value have no bias
     windows: tuple = ()  # for each layer, how many tokens it sees, None = all; () = all, everywhere
-    mlp_widths: tuple = ()  # for each layer, the neurons of its MLP, from 0; () = 4 * n_embd each
+    mlp_widths: tuple = ()  # for each layer or all, the neurons of its MLP; () = 4 * n_embd
     layer_norm_epsilon: float = 1e-5
 
     def __post_init__(self):
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or not 0 < value < 2**20:
                 raise ValueError(f"{name} is {value!r}, not a whole number from 1 upwards")
         self.windows = tuple(self.windows) or (None,) * self.n_layer
-        self.mlp_widths = tuple(self.mlp_widths) or (4 * self.n_embd,) * self.n_layer
+        self.mlp_widths = tuple(self.mlp_widths) or (4 * self.n_embd,)
+        self.mlp_widths *= self.n_layer if len(self.mlp_widths) == 1 else 1
         windows, widths = len(self.windows), len(self.mlp_widths)
         if not windows == widths == self.n_layer:
             raise ValueError(f"{self.n_layer} layers, {windows} windows, {widths} MLP widths")
-        if not all(isinstance(width, int) and width >= 0 for width in self.mlp_widths):
-            raise ValueError(f"MLPs can't have {self.mlp_widths} neurons")
+        sizes = *self.mlp_widths, *(w or -1 for w in self.windows if w is not None)
+        if not all(type(size) is int and 0 <= size < 2**31 for size in sizes):
+            raise ValueError(f"layers can't have {self.mlp_widths} neurons, {self.windows} windows")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
 
 
-NEO = dict(model_type="gpt_neo", n_positions=2048, attn_scaled=False, qkv_bias=False)
-SHAPES = {  # models whose shape is known without asking the Hub
-    "tiny": dict(vocab_size=257, n_positions=256, n_embd=128, n_layer=4, n_head=4),  # reads bytes
-    "gpt2": dict(),
-    "EleutherAI/gpt-neo-125m": dict(NEO, windows=(None, 256) * 6),
-    "EleutherAI/gpt-neo-1.3B": dict(NEO, n_embd=2048, n_layer=24, n_head=16,
-                                    windows=(None, 256) * 12)}
+TINY = dict(vocab_size=257, n_positions=256, n_embd=128, n_layer=4, n_head=4)  # reads bytes
 
 
 def attention_mask(queries, keys, window, start, device):
@@ -204,7 +201,7 @@ class GPT(nn.Module):
 
     def compile_blocks(self):
         """Have torch.compile make kernels for the blocks, for any number of neurons."""
-        # Kernels of all blocks, with and without windows, pruning, gradients, recording:
+        # Kernels for windows, pruning, gradients, recording, or none of them:
         torch._dynamo.config.cache_size_limit = 64
         torch._dynamo.config.optimize_ddp = False  # cuts up graphs; a block is small enough
         for block in self.h:
@@ -222,17 +219,23 @@ class GPT(nn.Module):
         config = read_config(folder)
         with torch.device("meta"), warnings.catch_warnings():  # meta: nothing is initialised
             warnings.simplefilter("ignore")  # torch remarks that 0 neurons need no initialising
-            model = cls(config).to_empty(device="cpu")
+            try:
+                model = cls(config).to_empty(device="cpu")
+            except RuntimeError as error:
+                raise ValueError(f"{folder}: the model does not fit into memory") from error
         wanted, left = hf_views(model.state_dict(), config), {}  # left: read, but not wanted
         for name, tensor in read_tensors(folder):
             name = str(name).removeprefix("transformer.")
             view = wanted.pop(name, None)
             if view is None:
                 left[name] = tensor
-            elif tensor.shape != view.shape:
-                raise ValueError(f"{folder}: {name} is {[*tensor.shape]}, not {[*view.shape]}")
+            elif tensor.shape != view.shape or tensor.is_sparse:
+                raise ValueError(f"{folder}: {name} is {[*tensor.shape]}, not {[*view.shape]}"
+                                 + ", or sparse" * tensor.is_sparse)
             else:
                 view.copy_(tensor)
+                if not view.sum().isfinite():  # without a tensor of its size
+                    raise ValueError(f"{folder}: {name} holds numbers that are not finite")
         if wanted:
             raise ValueError(f"{folder}: its weights lack {', '.join(wanted)}")
         if not left.pop("lm_head.weight", model.wte.weight).float().equal(model.wte.weight):
@@ -263,34 +266,31 @@ class GPT(nn.Module):
         tensors = {f"transformer.{name}": view.contiguous() for name, view in views.items()}
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights, settings = folder / "model.safetensors.tmp", folder / "config.json.tmp"
-        safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
-        settings.write_text(json.dumps(config_to_hf(config), indent=2) + "\n")
-        shutil.copymode(settings, weights)  # safetensors' own is private
-        for path in (weights, settings):
-            os.replace(path, path.with_suffix(""))
+        with whole(folder / "config.json") as settings:
+            settings.write_text(json.dumps(config_to_hf(config), indent=2) + "\n")
+            with whole(folder / WEIGHTS[0]) as weights:
+                safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
+                shutil.copymode(settings, weights)  # safetensors' own is private
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, beams=1,
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, beams=1,
                  length_penalty=1.0, no_repeat_ngram=0, eot=None, generator=None):
         """Continue `prompts`, lists of token ids, by up to `max_new_tokens` each; returns the new.
 
-        Tokens are drawn from softmax(logits / temperature), among the `top_k` likeliest, and of
-        those the fewest whose probabilities reach `top_p` together; temperature 0 takes the
-        likeliest. `beams` > 1: the highest log-probability / tokens^length_penalty that beam search
-        finds. No `no_repeat_ngram` tokens in a row (0: no limit) come twice in a prompt with its
-        continuation, which ends before the token `eot` and where the context is full. Prompts share
-        only the random numbers.
+        Tokens are drawn from softmax(logits / temperature), among the `top_k` likeliest;
+        temperature 0 takes the likeliest. `beams` > 1: the highest log-probability /
+        tokens^length_penalty that beam search finds. No `no_repeat_ngram` tokens in a row (0: no
+        limit) come twice in a prompt with its continuation, which ends before the token `eot` and
+        where the context is full. Prompts share only the random numbers.
         """
         most, room = self.config.n_positions, []
         for prompt in prompts:
             if not 0 < len(prompt) <= most:
                 raise ValueError(f"a prompt has {len(prompt)} tokens; allowed are 1 to {most}")
             room.append(min(max_new_tokens, most - len(prompt)))
-        if (beams < 1 or temperature < 0 or top_k is not None and top_k < 1
-                or top_p is not None and not 0 < top_p <= 1):
-            raise ValueError("allowed are beams >= 1, temperature >= 0, top_k >= 1, 0 < top_p <= 1")
-        how = temperature, top_k, top_p, generator
+        if beams < 1 or temperature < 0 or top_k is not None and top_k < 1:
+            raise ValueError("allowed are beams >= 1, temperature >= 0 and top_k >= 1")
+        how = temperature, top_k, generator
         return continuations(self, prompts, room, how, beams, length_penalty, no_repeat_ngram, eot)
 
     def next_logits(self, idx, cache):
@@ -301,6 +301,25 @@ class GPT(nn.Module):
 
 
 # Hugging Face's file format.
+
+
+@contextmanager
+def whole(path):
+    """The name to write under what is to be at `path`, whole or not at all. Raises OSError, and
+    leaves nothing, where there is no room."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may be writing it, too
+    try:
+        yield beside
+        os.replace(beside, path)
+    except Exception as error:  # torch's and safetensors' own among them
+        if isinstance(error, OSError) and error.__cause__:  # told already, of another file
+            raise
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = getattr(reason, "strerror", None) or reason
+        raise OSError(f"can't write {path}: {reason}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
 
 # What config.json calls these fields of ours, and after them the width of all MLPs.
 FIELDS = ("n_positions", "n_embd", "n_layer", "n_head")
@@ -324,16 +343,16 @@ def read_config(folder):
         kind, gpt2 = hf["model_type"], hf["model_type"] == "gpt2"
         fields = {ours: hf[key] for ours, key in zip(FIELDS, KEYS[kind])}
         width = hf.get(KEYS[kind][-1])
-        widths = hf.get("mlp_widths") or (() if width is None else (width,) * fields["n_layer"])
+        widths = hf.get("mlp_widths") or (() if width is None else (width,))
         layers = [] if gpt2 else [name for names, n in hf["attention_types"] for name in names * n]
         windows = [hf.get("window_size", 256) if name == "local" else None for name in layers]
         return GPTConfig(hf["vocab_size"], **fields, model_type=kind, qkv_bias=gpt2,
                          attn_scaled=gpt2 and hf.get("scale_attn_weights", True),
                          windows=windows, mlp_widths=widths,
                          layer_norm_epsilon=float(hf.get("layer_norm_epsilon", 1e-5)))
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path}: {reason}") from error
+        raise ValueError(f"{path} is no GPT's config.json: {reason}") from error
 
 
 def config_to_hf(config):
@@ -401,11 +420,10 @@ def read_tensors(folder):
 
 def download(name):
     """The folder in Hugging Face's cache with the model `name` of the Hub, fetched if need be."""
-    known = "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"
-    parent = os.path.isdir(os.path.dirname(name))  # out/mistyped is no name on the Hub
-    if name not in known and (parent or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)):
-        raise FileNotFoundError(f"no model {name!r}: there is no such folder, and a Hub's name is "
-                                f"owner/name or one of {', '.join(known)}")
+    missing = f"no model {name!r}: there is no such folder, and "
+    known = r"(distil)?gpt2(-medium|-large|-xl)?|\w[\w.-]*/\w[\w.-]*"
+    if os.path.isdir(os.path.dirname(name)) or not re.fullmatch(known, name):  # like out/mistyped
+        raise FileNotFoundError(f"{missing}a Hub's name is owner/name or like gpt2-medium")
     import huggingface_hub  # comes with `datasets`
 
     try:
@@ -416,10 +434,10 @@ def download(name):
                 break
         return folder
     except huggingface_hub.errors.RepositoryNotFoundError as error:
-        raise FileNotFoundError(f"no model {name!r} on the Hub, or it is private") from error
+        raise FileNotFoundError(f"{missing}none on the Hub, or it is private") from error
     except Exception as error:  # whatever went wrong, the way out is the same
-        raise ConnectionError(f"can't get {name!r} from the Hub ({type(error).__name__}): give a "
-                              "folder, --model DIR, or use --model tiny") from error
+        raise ConnectionError(f"{missing}the Hub can't be asked for one ({type(error).__name__}): "
+                              "give a folder, --model DIR, or use --model tiny") from error
 
 
 # Generation.
@@ -508,16 +526,13 @@ def continuations(model, prompts, room, how, beams, length_penalty, no_repeat_ng
     return [of_prompt[0][1] for of_prompt in finished]
 
 
-def pick(logits, temperature, top_k, top_p, generator):
+def pick(logits, temperature, top_k, generator):
     """The next token of each row [B], drawn from `logits` [B, V] as `GPT.generate` says."""
     if temperature == 0:
         return logits.argmax(-1)
     probs, tokens = (logits / temperature).softmax(-1).sort(descending=True)  # [B, V] each
     if top_k is not None:
         probs[:, top_k:] = 0
-    if top_p is not None:
-        before = probs.cumsum(-1) - probs  # of the likelier tokens together
-        probs[before >= top_p * probs.sum(-1, keepdim=True)] = 0
     return tokens.gather(1, probs.multinomial(1, generator=generator))[:, 0]
 
 

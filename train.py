@@ -1,8 +1,8 @@
 """Fine-prune a GPT: `python train.py --method gum --dataset wikitext --model gpt2 --leftover 0.25`.
 
-In order: a step of fine-pruning, the loop around it, what a run keeps in its folder, a whole run
-and its closing table, the flags. The order of the data is a function of the seed and the step, and
-nothing else is random: an interrupted run (of one process) goes on as if it had not been.
+In order: a step of fine-pruning, the loop around it, what a run keeps in its folder, a whole run,
+the flags. The order of the data is a function of the seed and the step, and nothing else is random:
+an interrupted run (of one process) goes on as if it had not been.
 """
 
 import argparse
@@ -15,11 +15,18 @@ import shlex
 import signal
 import sys
 import time
+import zipfile
+import zlib
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
+
+from results import early
+
+if __name__ == "__main__":
+    early.look(__file__, "parse")
 
 import torch
 import torch.distributed as dist
@@ -30,8 +37,9 @@ from tqdm import tqdm
 import data
 import measure
 from measure import ABOVE_0, AT_LEAST_0, SHARE, Flag, flag_of
-from model import GPT, SHAPES, GPTConfig
+from model import GPT, TINY, GPTConfig, whole
 from prune import METHODS, HeadLoss, Pruner, defaults_of, lr_factor, shrink, v_at
+from results.compare import compare, report
 
 # Launched by torchrun, several train in step, each on its share of a batch; 0 alone writes.
 PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -92,23 +100,23 @@ def fine_prune(model, pruner, optimizer, micro_batches, step, args, teacher=None
     return widths, total, norm
 
 
-def train(args, steps, model, teacher, train_data, val_data, checkpoint, stop):
+def train(args, steps, model, teacher, train_data, val_data, stop):
     """The loop: fine-tune `model` for `steps`, pruning as the schedule says. Returns its progress,
     with seconds and tokens; the model is left skipping the pruned neurons.
 
-    `checkpoint`: what to go on from, or None. Once there is something in the list `stop`, saves one
-    and raises KeyboardInterrupt. Raises FloatingPointError when the loss is no number.
+    Goes on from a checkpoint in the run's folder; writes one, and raises KeyboardInterrupt, once
+    there is something in the list `stop`. Raises ValueError if it is damaged, FloatingPointError
+    when the loss is no number.
     """
     folder, eval_every = Path(args.out), args.eval_every or max(steps // 5, 1)
     pruner = Pruner(model, args.method, args.leftover, steps, args.scope, args.lambda_mvp,
                     args.lambda_gum, args.lambda_sim, args.tau, args.seed)
     optimizer = make_optimizer(model, pruner, args)
-    progress = SimpleNamespace(step=0, saved=0, since=0, loss=0.0, norm=0.0, tokens=0, seconds=0.0)
+    progress = SimpleNamespace(step=0, saved=0, since=0, loss=0.0, norm=0.0, tokens=0, seconds=0.0,
+                               log=measure.log_state(b""))
     parts = dict(model=model, pruner=pruner, optimizer=optimizer)
-    if checkpoint is not None:
-        progress = SimpleNamespace(**checkpoint["progress"])
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
+    if (folder / "checkpoint.pt").exists():
+        restore(folder / "checkpoint.pt", progress, parts, args)
     model.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
         model.compile_blocks()
@@ -116,12 +124,12 @@ def train(args, steps, model, teacher, train_data, val_data, checkpoint, stop):
     if PROCESSES > 1:
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if PROCESS == 0:
-        cut_log(folder, progress.step)
+        cut_log(folder / "log.jsonl", progress.log)
     shown = dict(disable=True) if PROCESS else {}  # what TQDM_DISABLE says, on process 0
     model.train()
     clock = time.perf_counter()
-    with tqdm(total=steps, initial=progress.step, desc=folder.name, unit="step", mininterval=0.5,
-              dynamic_ncols=True, **shown) as bar:
+    with tqdm(total=steps, initial=progress.step, desc=f"{args.method} {args.leftover:.0%}",
+              unit="step", mininterval=0.5, dynamic_ncols=True, **shown) as bar:
         for step in range(progress.step + 1, steps + 1):
             indices = batch_indices(step, len(train_data), args.batch_size, args.seed)
             batch, seed = train_data.batch(indices), 1_000_003 * args.seed + step
@@ -152,7 +160,7 @@ def train(args, steps, model, teacher, train_data, val_data, checkpoint, stop):
                         model.train()
                     log(folder, progress, record, bar)
                 if saves:
-                    save(folder, progress, parts)
+                    save(folder, progress, parts, args)
                 clock = time.perf_counter()  # evaluating and saving are not training
             bar.update(step - bar.n)
             if stopping and not last:
@@ -196,25 +204,44 @@ def check_finite(progress, args):
 # Then settings.json and checkpoint.pt go.
 
 
-def save(folder, progress, parts):
+def save(folder, progress, parts, args):
     """Write the checkpoint, whole or not at all; of several processes', with the C of 0."""
     progress.saved = progress.step
     if PROCESS == 0:
         progress.loss, progress.norm = float(progress.loss), float(progress.norm)
+        progress.log = measure.log_state((folder / "log.jsonl").read_bytes())
         states = {name: part.state_dict() for name, part in parts.items()}
-        torch.save(dict(progress=vars(progress), **states), folder / "checkpoint.tmp")
-        os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
+        states |= dict(progress=vars(progress), of=[measure.FORMAT, settings_of(args)])
+        # As a file, for then torch passes on why it can't be written.
+        with whole(folder / "checkpoint.pt") as path, open(path, "wb") as file:
+            torch.save(states, file)
 
 
-def cut_log(folder, step):
-    """Drop what was logged after `step`, the checkpoint's: it will come again."""
-    path = folder / "log.jsonl"
+def restore(file, progress, parts, args):
+    """Go on from what `save` wrote. Raises ValueError where that can't be."""
     try:
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: remove {folder} and start over") from error
-    measure.write_whole(path, "".join(kept))
+        with zipfile.ZipFile(file) as zipped:
+            damaged = zipped.testzip()  # torch does not look at checksums
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        if damaged or content.get("of") != [measure.FORMAT, settings_of(args)]:
+            raise ValueError("a wrong checksum, or other settings")
+        vars(progress).update(content["progress"])
+        for name, part in parts.items():
+            part.load_state_dict(content[name])
+    except Exception as error:  # torch has several exceptions for a damaged file
+        raise ValueError(f"can't go on from {file} ({type(error).__name__} {error}): if it is "
+                         f"damaged, or another run's, remove {file.parent} and start over"
+                         ) from error
+
+
+def cut_log(path, known):
+    """Drop what was logged after the checkpoint was written, when the log was `known`: it will come
+    again. Raises ValueError if that part is not as it was."""
+    content = path.read_bytes() if path.exists() else b""
+    if measure.log_state(content[: known[0]]) != known:
+        raise ValueError(f"{path} is damaged: remove {path.parent} and start over")
+    with whole(path) as beside:
+        beside.write_bytes(content[: known[0]])
 
 
 def log(folder, progress, record, bar):
@@ -225,13 +252,19 @@ def log(folder, progress, record, bar):
                   tokens_per_second=progress.tokens / progress.seconds)
     progress.loss, progress.norm, progress.since = 0.0, 0.0, 0
     if PROCESS == 0:
-        with open(folder / "log.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:  # a full disk's does not name the file
+            raise OSError(f"can't write {folder / 'log.jsonl'}: {error.strerror}") from error
         bar.set_postfix(loss=f"{record['loss']:.3f}", leftover=f"{record['leftover']:.0%}",
                         tokens_per_s=f"{record['tokens_per_second']:,.0f}")
 
 
-# A whole run: check, load, train, shrink, save, report.
+# A whole run: check, load, train, shrink, save, compare.
+
+
+START_OVER = "to use these, move it away"
 
 
 def settings_of(args):
@@ -246,7 +279,8 @@ def check_folder(args):
     out = Path(args.out)
     found = measure.read_run(out) if out.is_dir() else None
     state = found.state if found else "new"
-    if state == "new" and out.exists() and not (found and set(os.listdir(out)) <= {".lock"}):
+    if state == "new" and out.exists() and not (found and all(
+            name.endswith((".lock", ".tmp")) for name in os.listdir(out))):  # it was killed at once
         raise ValueError(f"{out} exists and is no run's folder: name another with --out")
     if args.resume:
         if state == "new":
@@ -254,8 +288,9 @@ def check_folder(args):
         different = [f"{name} is {found.settings.get(name)} there and {value} here" for name, value
                      in settings_of(args).items() if found.settings.get(name) != value]
         if different:
-            raise ValueError(f"{out} has other settings ({', '.join(different)}): resume it with "
-                             "its own command")
+            more = f", and {len(different) - 3} more" * (len(different) > 3)
+            raise ValueError(f"{out} has other settings ({', '.join(different[:3])}{more}): resume "
+                             "it with its own command")
         return state
     if state == "finished":
         raise ValueError(f"{out} holds a finished run: name another with --out, or remove it")
@@ -273,8 +308,6 @@ def locked(folder, wait):
     except Timeout as error:
         taken = f"another process is at work in {folder}: wait, or name another --out"
         raise ValueError(taken) from error
-    with suppress(OSError):  # on Windows, while another process waits for it
-        (folder / ".lock").unlink()  # the run is finished: nobody will make it again
 
 
 def dense_for(args, flags):
@@ -294,7 +327,7 @@ def load_model(name, args):
     if name != "tiny":
         return GPT.from_pretrained(name).to(args.device)
     torch.manual_seed(args.seed)
-    return GPT(GPTConfig(**SHAPES["tiny"])).to(args.device)
+    return GPT(GPTConfig(**TINY)).to(args.device)
 
 
 def run(flags, implied=False):
@@ -302,15 +335,12 @@ def run(flags, implied=False):
     Returns its metrics. Raises ValueError or OSError for a user's mistake, before anything is
     trained, and what `train` raises."""
     args = resolve(flags)
-    if args.accumulate * PROCESSES > args.batch_size:
-        raise ValueError(f"--accumulate {args.accumulate} on {PROCESSES} processes is more than "
-                         f"--batch-size {args.batch_size}")
     out, tiny = Path(args.out), args.model == "tiny"
     dense, dense_flags = dense_for(args, flags)
     state, has_dense = told_by_first(
         lambda: (check_folder(args), (dense / "metrics.json").exists()))
     if state == "finished":
-        return measure.read_run(out).metrics
+        return finished(out)
     if args.distill and not (args.teacher or has_dense or tiny):
         given = [word for name, value in vars(dense_flags).items() if value is not None
                  for word in (flag_of(name), str(value))[: 1 if value is True else 2]]
@@ -326,8 +356,25 @@ def run(flags, implied=False):
         raise ValueError(f"--block-size {block_size} exceeds the model's context of {n_positions}")
     train_data, val_data = (data.load(args.dataset, split, vocab_size, block_size, args.data_path,
                                       args.data_config) for split in ("train", "validation"))
-    if args.method != "none" and not sum(model.config.mlp_widths):
+    widths, about = model.config.mlp_widths, dict(train=train_data.about, validation=val_data.about)
+    total, parts = sum(widths), args.accumulate * PROCESSES
+    if args.method != "none" and not total:
         raise ValueError(f"{args.model} has no MLP neurons left to prune")
+    if not sum(round(args.leftover * m) for m in ([total] if args.scope == "global" else widths)
+               ) and total:
+        raise ValueError(f"--leftover {args.leftover:g} of {total:,} neurons is none at all")
+    if not parts <= args.batch_size <= len(train_data):
+        raise ValueError(f"--batch-size {args.batch_size} is less than --accumulate "
+                         f"{args.accumulate} times {PROCESSES} processes, or more than the "
+                         f"{len(train_data)} sequences to train on")
+    if args.device == "cpu" and hasattr(os, "sysconf"):  # elsewhere torch itself tells
+        # The least that activations take, against all memory.
+        tokens = args.batch_size / parts * about["train"]["tokens"] / len(train_data)
+        least = 2 * tokens * sum(8 * model.config.n_embd + 2 * m for m in widths)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if least > memory and not args.gradient_checkpointing:
+            raise ValueError(f"a step takes over {least / 1e9:.0f} GB, and this machine has "
+                             f"{memory / 1e9:.0f}: raise --accumulate")
     teacher = None
     if args.teacher or args.distill and not tiny:
         teacher = load_model(args.teacher or dense, args)
@@ -336,23 +383,29 @@ def run(flags, implied=False):
             raise ValueError(f"the teacher has a vocabulary of {known.vocab_size}, a context of "
                              f"{known.n_positions}, not {vocab_size} and {block_size}")
     steps = args.steps or max(1, round(args.epochs * len(train_data) / args.batch_size))
-    checkpoint, file = None, out / "checkpoint.pt"
-    if state == "interrupted" and file.exists():
-        try:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch has several exceptions for a damaged file
-            raise ValueError(f"{file} is damaged: remove {out} and start over") from error
+    measure.check_data(about, told_by_first(lambda: about), "process 0", "give all the same")
+    uses_dense = source == dense or args.distill and not args.teacher
+    if has_dense and uses_dense:
+        measure.check_data(about, measure.read_run(dense).metrics["data"], dense, START_OVER)
+    say(f"data: {train_data.about['source']}" + "".join(
+        f"; {split}: {of['tokens']:,} tokens, sha256 {of['sha256'][:8]}"
+        for split, of in about.items()))
 
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, wait=implied) if PROCESS == 0 else nullcontext():
         if told_by_first((out / "metrics.json").exists):  # another command has finished it
-            return measure.read_run(out).metrics
+            return finished(out)
+        if (out / "checkpoint.pt").exists():
+            measure.check_data(about, measure.read_run(out).settings["data"], out, START_OVER)
         if PROCESS == 0:
-            measure.write_whole(out / "settings.json", json.dumps(settings_of(args), indent=2))
-        if tiny and not has_dense and (source == dense or args.distill and not args.teacher):
+            for left in out.glob("*.tmp"):  # by a process that was killed
+                left.unlink()
+            measure.write_json(out / "settings.json", settings_of(args) | dict(data=about))
+        if tiny and not has_dense and uses_dense:
             say(f"first the dense model, in {dense}")
-            dense_flags.resume = dense.is_dir() and measure.read_run(dense).state != "new" or None
-            run(dense_flags, implied=True)
+            dense_flags.resume = dense.is_dir() and measure.read_run(dense).state != "new"
+            made = run(dense_flags, implied=True)  # perhaps by another command, meanwhile
+            measure.check_data(about, made["data"], dense, START_OVER)
         model = model if source == args.model else load_model(source, args)
         if args.distill:
             say(f"teacher: {args.teacher or dense}")
@@ -362,7 +415,7 @@ def run(flags, implied=False):
         signals = signal.SIGINT, signal.SIGTERM
         handlers = [signal.signal(one, lambda *_: stop.append(True)) for one in signals]
         try:
-            done = train(args, steps, model, teacher, train_data, val_data, checkpoint, stop)
+            done = train(args, steps, model, teacher, train_data, val_data, stop)
         finally:
             for one, handler in zip(signals, handlers):
                 signal.signal(one, handler)
@@ -371,68 +424,30 @@ def run(flags, implied=False):
         def finish():
             shrink(model).save_pretrained(out)
             gpu = args.device != "cpu" and torch.cuda.get_device_name(args.device)
-            metrics = dict(settings=settings_of(args), steps=steps, block_size=block_size,
-                           processes=PROCESSES, seconds=done.seconds, tokens=done.tokens,
-                           tokens_per_second=done.tokens / done.seconds,
+            metrics = dict(settings=settings_of(args), data=about, log=done.log, steps=steps,
+                           block_size=block_size, processes=PROCESSES, seconds=done.seconds,
+                           tokens=done.tokens, tokens_per_second=done.tokens / done.seconds,
                            versions=dict(python=platform.python_version(), torch=torch.__version__),
                            machine=gpu or platform.machine())
             models = load_model(source, args).eval(), load_model(out, args).eval()
-            metrics |= compare(*models, val_data, args)
-            measure.write_whole(out / "metrics.json", json.dumps(metrics, indent=2))
-            for file in ("checkpoint.pt", "settings.json"):
-                (out / file).unlink(missing_ok=True)
-            return metrics
+            metrics |= compare(*models, val_data, args, autocast_of(args))
+            measure.write_json(out / "metrics.json", metrics)
 
-        return told_by_first(finish)
+        told_by_first(finish)
+        return finished(out)
 
 
-def compare(start, result, val_data, args):
-    """Both models' loss on all validation data (nats per token), size, speed, and a sample."""
-    if args.dataset == "stdlib":
-        ids = data.tokenizer(result.config.vocab_size).encode("def ")[: val_data.block_size]
-    elif isinstance(val_data, data.Blocks):
-        ids = val_data.tokens[: min(16, val_data.block_size)].tolist()
-    else:
-        ids = val_data.prompts[0]
-    batch = val_data.batch(range(min(args.batch_size, len(val_data))))
-    speeds = measure.prefill_speed([start, result], batch[0])
-    about = {}
-    for name, model, speed in zip(("start", "result"), (start, result), speeds):
-        loss = measure.mean_loss(model, val_data, autocast_of(args))
-        about[name] = dict(val_loss=loss, val_perplexity=math.exp(min(loss, 700)),
-                           widths=list(model.config.mlp_widths),
-                           parameters=sum(p.numel() for p in model.parameters()),
-                           prefill_tokens_per_second=speed,
-                           sample=measure.sampled(model, ids, val_data.block_size - len(ids)))
-    full, left = about["start"]["widths"], about["result"]["widths"]
-    return about | dict(leftover_wanted=args.leftover, leftover=sum(left) / max(sum(full), 1),
-                        leftover_per_layer=[k / max(m, 1) for k, m in zip(left, full)])
-
-
-def report(metrics, folder):
-    """Print a finished run as a table: the model it started from against the one it made."""
-    start, result, method = metrics["start"], metrics["result"], metrics["settings"]["method"]
-    before = "start" if method == "none" else "dense"
-    print(f"\n{'':24}{before:>14}{method:>14}{'ratio':>9}")
-    for title, key, form in (("parameters", "parameters", ",.0f"),
-                             ("validation loss (nats)", "val_loss", ".4f"),
-                             ("validation perplexity", "val_perplexity", ".3f"),
-                             ("tokens/s (prefill)", "prefill_tokens_per_second", ",.0f")):
-        a, b = start[key], result[key]
-        print(f"{title:24}{a:>14{form}}{b:>14{form}}{b / a:>8.2f}x")
-    wanted, total = metrics["leftover_wanted"], sum(start["widths"])
-    print(f"neurons left: {metrics['leftover']:.2%} of {total:,} ({wanted:.2%} wanted)")
-    print("neurons per layer:", *start["widths"], "->", *result["widths"])
-    speed = metrics["tokens_per_second"]
-    print(f"{metrics['steps']} steps in {metrics['seconds']:.0f} s, {speed:,.0f} tokens/s")
-    for name, model in ((before, start), (method, result)):
-        print(f"\n--- {name} writes:\n{model['sample']}")
-    print(f"\nthe model, its log and metrics are in {folder}")
+def finished(out):
+    """A finished run's metrics; what it took to go on with it goes."""
+    if PROCESS == 0:
+        for file in ("checkpoint.pt", "settings.json", ".lock"):
+            with suppress(OSError):  # none there; or, on Windows, the lock is held
+                (out / file).unlink()
+    return measure.read_run(out).metrics
 
 
 # The flags. Defaults are the paper's (Appendix F) or its released code's; what depends on others
 # is in `resolve`. `tiny`, trained from scratch, has some of its own.
-
 
 BLOCK_SIZE = dict(stdlib=64, toysql=256, wikisql=512, e2e=512, wikitext=1024, samsum=1024)  # tokens
 USUAL = defaults_of("topv")
@@ -440,8 +455,8 @@ FLAGS = {
     "what to run": dict(
         method=Flag(METHODS, "how neurons are chosen: " + "; ".join(
             f"{name}, {method.about}" for name, method in METHODS.items()), "gum"),
-        model=Flag(str, "a Hub name (gpt2, EleutherAI/gpt-neo-125m), a folder in Hugging Face's "
-                   "format, a finished run's, or tiny, which is first trained dense", "tiny"),
+        model=Flag(str, "a Hub name (gpt2, EleutherAI/gpt-neo-125m), a folder in its format, as a "
+                   "run's, or tiny, which is first trained dense", "tiny"),
         seed=Flag(int, "of the initialisation, the data's order and random scores", 0,
                   within="from 0 to 2^31 - 1"),
         out=Flag(str, "the run's folder (default: out/NAME, named from the settings)"),
@@ -475,8 +490,7 @@ FLAGS = {
         tau=Flag(float, "soft movement's final threshold", USUAL["tau"], None, ABOVE_0)),
     "distillation": dict(
         distill=Flag(None, "learn from a dense model, too"),
-        teacher=Flag(str, "its folder or Hub name (default: the dense run of the same data, model "
-                     "and seed)"),
+        teacher=Flag(str, "its folder or Hub name (default: the dense run like this one)"),
         alpha_ce=Flag(float, "weight of the data's loss", 0.5, None, AT_LEAST_0),
         alpha_kd=Flag(float, "weight of the teacher's", 0.5, None, AT_LEAST_0),
         temperature=Flag(float, "of both distributions", 2.0, None, ABOVE_0)),
@@ -519,21 +533,21 @@ def parse(argv=None):
 def check_together(args):
     """End the program where flags make no sense together."""
     name = args.method or ALL_FLAGS["method"].default
-    unique = defaults_of(name)["lambda_gum"] if args.lambda_gum is None else args.lambda_gum
-    given = {group: ", ".join(flag_of(flag) for flag in flags if getattr(args, flag) is not None)
-             for group, flags in FLAGS.items()}
-    pruning, distilling = given["pruning"], given["distillation"]
-    for wrong, message in (
-        (name == "none" and pruning and (pruning, args.leftover) != ("--leftover", 1.0),
-         f"{pruning} means nothing with --method none: all stay"),
-        (METHODS[name].threshold and args.scope, f"--scope means nothing with --method {name}"),
-        (unique and not METHODS[name].learned,
-         f"--lambda-gum goes with learned scores, not --method {name}"),
-        (args.sim_tokens and not (unique or METHODS[name].measure),
-         "--sim-tokens goes with --method gum, or --lambda-gum above 0"),
-        (distilling and not args.distill, f"{distilling} goes with --distill")):
-        if wrong:
-            fail(message)
+    method, unique = METHODS[name], args.lambda_gum
+    similar = method.measure or (defaults_of(name)["lambda_gum"] if unique is None else unique)
+    fits = dict.fromkeys(("mask_lr", "lambda_mvp", "lambda_gum"), method.learned)
+    fits |= dict(scope=not method.threshold, tau=method.threshold)
+    fits |= dict.fromkeys(("lambda_sim", "sim_tokens"), similar)
+    if name == "none":
+        fits = dict.fromkeys(FLAGS["pruning"]) | dict(leftover=args.leftover == 1.0)
+    fits |= dict.fromkeys(FLAGS["distillation"], args.distill)
+    for flag, fit in fits.items():
+        if getattr(args, flag) is not None and not fit:
+            needs = ("without --distill" if flag in FLAGS["distillation"] else
+                     f"with --method {name}" + " --lambda-gum 0" * ("sim" in flag and method.learned))
+            fail(f"{flag_of(flag)} means nothing {needs}")
+    if args.alpha_ce == args.alpha_kd == 0:
+        fail("--alpha-ce 0 with --alpha-kd 0 trains nothing")
     for one, other in (("compile", "gradient_checkpointing"), ("steps", "epochs"),
                        ("distill", "label_smoothing")):
         if getattr(args, one) and getattr(args, other):
@@ -544,8 +558,9 @@ def resolve(flags):
     """The settings that `flags` (from `parse`) mean: defaults filled in, the run's folder named."""
     given = {name: value for name, value in vars(flags).items() if value is not None}
     usual = {name: False if one.kind is None else one.default for name, one in ALL_FLAGS.items()}
-    method, model, dataset, distill, device = (
-        (usual | given)[name] for name in ("method", "model", "dataset", "distill", "device"))
+    method, model, dataset, distill = (
+        (usual | given)[name] for name in ("method", "model", "dataset", "distill"))
+    device = flags.device or measure.BEST_DEVICE
     if model == "tiny":
         usual |= {name: one.tiny for name, one in ALL_FLAGS.items() if one.tiny is not None}
     usual |= METHODS[method].defaults
@@ -562,7 +577,7 @@ def resolve(flags):
     if not distill:
         usual |= dict.fromkeys(FLAGS["distillation"]) | dict(distill=False)
     fast = device != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False)
-    usual["dtype"] = "bfloat16" if fast else "float32"
+    usual |= dict(device=device, dtype="bfloat16" if fast else "float32")
     args = SimpleNamespace(**usual | given)
     if args.out is None:
         parts = [method, dataset, Path(model).name]
@@ -571,13 +586,18 @@ def resolve(flags):
                   "resume", *FLAGS["machine"]}
         parts += [f"{flag_of(name)[2:]}={Path(value).name if name == 'teacher' else value}"
                   for name, value in given.items() if name not in unsaid and value != usual[name]]
-        args.out = str(Path("out") / "-".join([*parts, f"seed{args.seed}"]))
+        parts, end = [re.sub(r"[^\w.=+-]", "_", part) for part in parts], f"seed{args.seed}"
+        if len("-".join([*parts, end])) > 60:  # the rest is in settings.json and metrics.json
+            end = f"{zlib.crc32('-'.join(parts).encode()):08x}-{end}"
+            while len("-".join([*parts, end])) > 60:
+                parts.pop()
+        args.out = str(Path("out") / "-".join([*parts, end]))
     return args
 
 
 def join_processes(flags):
     """Be one of the processes that torchrun launched, on a GPU of its own, or the CPU."""
-    device, gpus = flags.device or ALL_FLAGS["device"].default, torch.cuda.device_count()
+    device, gpus = flags.device or measure.BEST_DEVICE, torch.cuda.device_count()
     if device == "cuda" and int(os.environ["LOCAL_RANK"]) < gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
     elif device != "cpu":
@@ -588,6 +608,7 @@ def join_processes(flags):
 
 def main():
     flags = parse()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # A pruned neuron's mean gradient fades to numbers so small that they slow a CPU down.
     torch.set_flush_denormal(True)
     try:
@@ -596,13 +617,17 @@ def main():
         metrics = run(flags)
         if PROCESS == 0:
             report(metrics, resolve(flags).out)
+            sys.stdout.flush()
+    except BrokenPipeError:  # as after `| head -1`
+        say(f"the model is in {resolve(flags).out}")
+        os._exit(0)
     except (ValueError, OSError, FloatingPointError) as error:
         fail(error)
     except RuntimeError as error:  # torch has no exceptions of its own for these
         if re.search("out of memory|can't allocate memory", str(error)):
-            fail("out of memory: try --gradient-checkpointing, a larger --accumulate, or a smaller "
+            fail("out of memory: try --accumulate, --gradient-checkpointing or a smaller "
                  "--block-size")
-        lost = "connection|socket|peer|timed out|timeout|nccl"
+        lost = "connection|socket|peer|timed? ?out|nccl"
         if PROCESSES > 1 and re.search(lost, str(error), re.IGNORECASE):
             fail("another process of this job is gone: go on with the same command and --resume")
         raise

@@ -20,15 +20,24 @@ from tqdm import tqdm
 
 import data
 import measure
-from measure import ABOVE_0, Flag, timed
-from model import GPT, SHAPES, GPTConfig, KVCache, read_config
+from measure import ABOVE_0, Flag
+from model import GPT, TINY, GPTConfig, KVCache, read_config
 from prune import Pruner, v_at
+from results.compare import timed
 from train import fine_prune, make_optimizer
 
 try:
     import resource
 except ImportError:  # as on Windows
     resource = None
+
+NEO = dict(model_type="gpt_neo", n_positions=2048, attn_scaled=False, qkv_bias=False)
+SHAPES = {  # models whose shape is known without asking the Hub
+    "tiny": TINY,
+    "gpt2": dict(),
+    "EleutherAI/gpt-neo-125m": dict(NEO, windows=(None, 256) * 6),
+    "EleutherAI/gpt-neo-1.3B": dict(NEO, n_embd=2048, n_layer=24, n_head=16,
+                                    windows=(None, 256) * 12)}
 
 
 def peaks(device, dtype):
@@ -285,7 +294,7 @@ FLAGS = dict(
 
 
 def main():
-    measure.call((steps, generation), FLAGS, __doc__)
+    measure.call(*measure.command_line((steps, generation), FLAGS, __doc__))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,23 @@
-"""Finished runs side by side: what `python measure.py table` and `python measure.py figures` show.
+"""How a run ends, and what `python measure.py table`, `figures` and `sample` show of several.
 
 `run.leftover` is the share of neurons that a run was asked to leave; what it did is in its metrics.
 """
 
 import csv
 import json
-import os
+import math
 import sys
+import textwrap
+import time
+from itertools import zip_longest
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
+
+import torch
 
 import data
-from measure import MEASURES, read_model
+from measure import MEASURES, dense_run, log_state, mean_loss, read_model
+from model import GPT, whole
 from prune import METHODS
 
 DRAWN = {  # method: colour (Okabe and Ito's, which the colour-blind can tell apart) and marker
@@ -35,6 +41,7 @@ def read_runs(folders):
         if run.method not in METHODS:
             raise ValueError(f"{run.path} is by {run.method}, which is no method of prune.py")
         run.group = run.settings["dataset"], Path(run.settings["model"]).name
+        run.settings["data"] = run.metrics["data"]["train"]["sha256"][:8]
         run.values = run.measures.get("values") or dict(
             perplexity=run.metrics["result"]["val_perplexity"], leftover=run.metrics["leftover"])
     for run in sorted(runs, key=lambda run: (run.distill, list(METHODS).index(run.method))):
@@ -71,6 +78,75 @@ def cell(runs, metric):
     return text + f" at {left:.3f}" * (abs(left - runs[0].leftover) >= 0.01)
 
 
+def timed(function, device):
+    """How many seconds `function` takes, and what it returns."""
+    began, result = time.perf_counter(), function()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began, result
+
+
+@torch.no_grad()
+def prefill_speed(models, idx, rounds=7):
+    """Tokens per second with which each of `models` reads `idx` [B, T]: medians, in turns."""
+    idx = idx.to(models[0].wte.weight.device)
+    seconds = [[timed(lambda: model(idx), idx.device)[0] for model in models]
+               for _ in range(rounds + 1)]
+    return [idx.numel() / median(times[1:]) for times in zip(*seconds)]  # the first round warms up
+
+
+def sampled(model, ids, tokens):
+    """The text of `ids` and up to `tokens` more: drawn, but always the same ones."""
+    tokenizer = data.tokenizer(model.config.vocab_size)
+    generator = torch.Generator(model.wte.weight.device).manual_seed(0)
+    new, = model.generate([ids], tokens, 0.8, top_k=40, eot=tokenizer.eot, generator=generator)
+    return tokenizer.decode(ids + new)
+
+
+def compare(start, result, val_data, args, autocast):
+    """Both models' loss on all validation data (nats per token), size, speed, and a sample."""
+    if args.dataset == "stdlib":
+        ids = data.tokenizer(result.config.vocab_size).encode("def ")[: val_data.block_size]
+    elif isinstance(val_data, data.Blocks):
+        ids = val_data.tokens[: min(16, val_data.block_size)].tolist()
+    else:
+        ids = val_data.prompts[0]
+    batch = val_data.batch(range(min(args.batch_size // args.accumulate, len(val_data))))
+    speeds = prefill_speed([start, result], batch[0])
+    about = {}
+    for name, model, speed in zip(("start", "result"), (start, result), speeds):
+        loss = mean_loss(model, val_data, autocast)
+        about[name] = dict(val_loss=loss, val_perplexity=math.exp(min(loss, 700)),
+                           widths=list(model.config.mlp_widths),
+                           parameters=sum(p.numel() for p in model.parameters()),
+                           prefill_tokens_per_second=speed,
+                           sample=sampled(model, ids, val_data.block_size - len(ids)))
+    full, left = about["start"]["widths"], about["result"]["widths"]
+    return about | dict(leftover_wanted=args.leftover, leftover=sum(left) / max(sum(full), 1),
+                        leftover_per_layer=[k / max(m, 1) for k, m in zip(left, full)])
+
+
+def report(metrics, folder):
+    """Print a finished run as a table: the model it started from against the one it made."""
+    start, result, method = metrics["start"], metrics["result"], metrics["settings"]["method"]
+    before = "start" if method == "none" else "dense"
+    print(f"\n{'':24}{before:>14}{method:>14}{'ratio':>9}")
+    for title, key, form in (("parameters", "parameters", ",.0f"),
+                             ("validation loss (nats)", "val_loss", ".4f"),
+                             ("validation perplexity", "val_perplexity", ".3f"),
+                             ("tokens/s (prefill)", "prefill_tokens_per_second", ",.0f")):
+        a, b = start[key], result[key]
+        print(f"{title:24}{a:>14{form}}{b:>14{form}}{b / a:>8.2f}x")
+    wanted, total = metrics["leftover_wanted"], sum(start["widths"])
+    print(f"neurons left: {metrics['leftover']:.2%} of {total:,} ({wanted:.2%} wanted)")
+    print("neurons per layer:", *start["widths"], "->", *result["widths"])
+    speed = metrics["tokens_per_second"]
+    print(f"{metrics['steps']} steps in {metrics['seconds']:.0f} s, {speed:,.0f} tokens/s")
+    for name, model in ((before, start), (method, result)):
+        print(f"\n--- {name} writes:\n{model['sample']}")
+    print(f"\nthe model, its log and metrics are in {folder}")
+
+
 def table(args):
     """Print the paper's tables: methods down, leftover across, means over seeds."""
     for (dataset, model), runs in read_runs(args.runs).items():
@@ -93,6 +169,23 @@ def table(args):
             body = " \\\\\n".join(" & ".join(line) for line in lines)
             body = body.replace("_", r"\_").replace("±", r"$\pm$")
             print(f"\\begin{{tabular}}{{l{'r' * len(leftovers)}}}\n{body} \\\\\n\\end{{tabular}}\n")
+
+
+def sample(args):
+    """Print what the dense and the pruned model write after a prompt, side by side."""
+    if not args.prompt:
+        raise ValueError("there is nothing to continue: give a --prompt")
+    for run in map(read_model, args.runs):
+        columns = []
+        for title, one in ("dense", dense_run(run, args.dense)), ("pruned", run):
+            if one:
+                model = GPT.from_pretrained(one.path).to(args.device)
+                ids = data.tokenizer(model.config.vocab_size).encode(args.prompt)
+                text = sampled(model, ids, args.tokens)
+                lines = [f"{title}: {one.path}", "", *text.splitlines()]
+                columns.append([part for line in lines for part in textwrap.wrap(line, 56) or [""]])
+        for parts in zip_longest(*columns, fillvalue=""):
+            print(" | ".join(f"{part:56}" for part in parts).rstrip())
 
 
 def look(method):
@@ -155,12 +248,12 @@ def draw(path, panels, styles):
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
     path.parent.mkdir(parents=True, exist_ok=True)
     for suffix in ("png", "pdf"):
-        figure.savefig(f"{path}.tmp", format=suffix, dpi=200)
-        os.replace(f"{path}.tmp", f"{path}.{suffix}")
+        with whole(path.with_name(f"{path.name}.{suffix}")) as file:
+            figure.savefig(file, format=suffix, dpi=200)
     print(f"{path}.png")
 
 
-def redundancy(runs, how, kind):
+def redundancy_panels(runs, how, kind):
     """Panels of sensitivity and uniqueness against leftover: figures 1 and 2 (`kind` "ratios", to
     the dense run), 5 and 6 ("values")."""
     names = {name: MEASURES[name] for name in ("sensitivity", "uniqueness", "span_uniqueness")}
@@ -171,7 +264,7 @@ def redundancy(runs, how, kind):
             for name, title in names.items()}
 
 
-def similarity(runs):
+def similarity_panels(runs):
     """Figure 3, a panel for each layer: its neurons by their largest |cos| to another one."""
     panels = {}
     for run in runs:
@@ -183,11 +276,20 @@ def similarity(runs):
     return panels
 
 
+def read_log(run):
+    """The run's log. Raises ValueError if it is not as the run has left it."""
+    path = run.path / "log.jsonl"
+    content = path.read_bytes() if path.exists() else b""
+    if log_state(content) != run.metrics["log"]:
+        raise ValueError(f"{path} is damaged, or of another run")
+    return content.decode()
+
+
 def training(runs):
     """Loss and leftover by step, for all methods; then each method's layers."""
     left, panels = "share of neurons left", {}
     for run in runs:
-        log = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+        log = [json.loads(line) for line in read_log(run).splitlines()]
         steps, widths = [line["step"] for line in log], run.metrics["start"]["widths"]
 
         def add(title, y_label, curve, ys):
@@ -219,9 +321,9 @@ def figures(args):
             how = "with distillation" if distill else "without distillation"
             suffix = f"-{leftover:g}" + "-distilled" * distill
             shown = [run for run in runs if run.method == "none" or run.distill == distill]
-            ratios |= redundancy(shown, how, "ratios")
-            values |= redundancy(shown, how, "values")
-            save("similarity" + suffix, similarity(dense + alike))
+            ratios |= redundancy_panels(shown, how, "ratios")
+            values |= redundancy_panels(shown, how, "values")
+            save("similarity" + suffix, similarity_panels(dense + alike))
             if alike:
                 save("training" + suffix, training(alike))
                 layers[f"leftover {leftover:g}, {how}", "layer", "share of neurons left"] = [

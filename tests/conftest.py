@@ -12,6 +12,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def caches_of_their_own(tmp_path_factory):
+    """The tests leave nothing in the caches of whoever runs them, and find nothing there."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.getbasetemp() / "cache")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """Most models here are so small that waiting for a second thread costs more than it wins: so

@@ -2,6 +2,7 @@
 import collections
 import hashlib
 import json
+import os
 import random
 import re
 import subprocess
@@ -9,9 +10,10 @@ import sys
 import sysconfig
 import zlib
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -40,6 +42,7 @@ def nothing_outside_tmp(monkeypatch, tmp_path, tmp_path_factory):
         monkeypatch.setenv(name, str(hf_cache))
     monkeypatch.setenv("PYTHONPATH", str(Path(data.__file__).parent))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(TIKTOKEN))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
 
 
@@ -72,9 +75,9 @@ def write(files):
         Path(name).write_bytes(content)
 
 
-def mistake(call=load, **kwargs):
+def mistake(kind=(ValueError, OSError), call=load, **kwargs):
     """The message of the error that a call ends in: one line."""
-    with pytest.raises((ValueError, OSError)) as error:
+    with pytest.raises(kind) as error:
         call(**kwargs)
     message = str(error.value)
     assert message and "\n" not in message
@@ -95,7 +98,7 @@ def test_tokens_are_utf8_bytes_or_tiktokens_and_end_of_text_is_in_no_text(size, 
 
 def test_gpt2_out_of_reach_is_an_error_that_names_the_cache(monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", Mock(side_effect=OSError("no\nhost")))
-    assert "TIKTOKEN_CACHE_DIR" in mistake(data.tokenizer, vocab_size=50257)
+    assert "TIKTOKEN_CACHE_DIR" in mistake(call=data.tokenizer, vocab_size=50257)
 
 
 @pytest.mark.parametrize("n", [2, 9, 15, 16, 17, 18, 40])
@@ -171,7 +174,7 @@ def test_what_another_process_has_put_in_the_cache_is_not_tokenised_again(monkey
     subprocess.run([sys.executable, "-c", command], check=True)
     monkeypatch.setattr(data, "tokenizer", Mock())
     assert documents(load(**source)) == ["validation\n"]
-    assert not data.tokenizer().encode.called and len(list(Path("cache").iterdir())) == 1
+    assert not data.tokenizer().encode.called and len(list(data.cache_folder().iterdir())) == 1
 
 
 def test_other_texts_folders_splits_and_vocabularies_do_not_share_a_cache():
@@ -192,9 +195,9 @@ def test_other_texts_folders_splits_and_vocabularies_do_not_share_a_cache():
 def test_a_damaged_cache_is_noticed_and_made_anew(damage):
     source = corpus("a")
     load(**source)
-    (file,) = Path("cache").iterdir()
+    (file,) = data.cache_folder().iterdir()
     whole = np.array([*b"validation\n"], np.uint16).tobytes()  # two bytes a token
-    whole += zlib.crc32(whole).to_bytes(4, "little")
+    whole += zlib.crc32(whole, 1).to_bytes(4, "little")
     assert file.read_bytes() == whole
     file.write_bytes(damage(whole))
     assert documents(load(**source)) == ["validation\n"]
@@ -211,6 +214,126 @@ def test_a_cache_is_whole_or_absent_whoever_else_writes(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         data.cached(Path("cache", "another"), ["first"], TOK)
     assert [file.name for file in Path("cache").iterdir()] == ["stream"]
+
+
+CARD = b"""---
+configs:
+- config_name: wikitext-103-v1
+  data_files: [{split: validation, path: wikitext-103-v1/validation-*}]
+dataset_info: {config_name: wikitext-103-v1, features: [{name: text, dtype: string}]}
+---
+"""
+
+
+def hub_copy(folder, **columns):
+    """What loads a WikiText like the Hub's, with these columns."""
+    path = f"{folder}/Salesforce/wikitext"
+    write({f"{path}/README.md": CARD, f"{path}/wikitext-103-v1/validation-0.parquet":
+           columns and parquet(**columns) or b""})
+    return dict(dataset="wikitext", path=path, block_size=2)
+
+
+def test_folders_of_the_same_names_and_cards_are_told_apart_by_their_files():
+    assert documents(load(**hub_copy("a", text=["one"]))) == ["one"]
+    assert documents(load(**hub_copy("b", text=["a second"]))) == ["a second"]
+    for columns, told in [(dict(line=["one"]), "['line'], without ['text']"), ({}, "0 bytes"),
+                          (dict(text=pa.array([], pa.string())), "holds no rows")]:
+        assert told in mistake(**hub_copy("c", **columns))
+
+
+def test_replaced_files_are_read_anew_though_of_the_same_size_and_time():
+    for text in "one", "six":
+        write({"text/validation.jsonl": jsonl({"text": text}),
+               "pair/validation.jsonl": jsonl({"dialogue": text, "summary": text})})
+        source = hub_copy("hub", text=[text])
+        for file in Path().rglob("validation*.*"):
+            os.utime(file, (1e9, 1e9))
+        assert documents(load("wikitext", path="text", block_size=2)) == [text]
+        assert load("samsum", path="pair").references == [[text]]
+        assert documents(load(**source)) == [text]
+
+
+def told_about(folder, dataset, files):
+    write({f"{folder}/{name}": content for name, content in files.items()})
+    return load(dataset, path=folder, block_size=6).about
+
+
+def test_about_counts_what_was_read_and_is_the_same_in_another_process(tmp_path):
+    files = {"d/validation-0.jsonl": jsonl({"text": "né"}, {"text": "\n = A = \n"}),
+             "d/validation-1.jsonl": jsonl({"text": " = B = \n"}), "train.jsonl": jsonl({})}
+    about = told_about("a", "wikitext", files)
+    sizes = {name: len(files[name]) for name in list(files)[:2]}
+    assert about == dict(source=str(tmp_path / "a"), files=sizes, sha256=about["sha256"],
+                         documents=3, tokens=len("né\n = A = \n = B = \n".encode()) + 2)
+    pair = dict(meaning_representation="ab", human_reference="c")
+    files = {"validation.jsonl": jsonl(pair, pair, pair | dict(human_reference="too long" * 9))}
+    pairs = told_about("b", "e2e", files)
+    sizes = {name: len(content) for name, content in files.items()}
+    assert pairs == dict(source=str(tmp_path / "b"), files=sizes, sha256=pairs["sha256"], rows=3,
+                         tokens=5 + 5 + 76)  # one exceeds the block
+    made = [load(dataset).about for dataset in ("stdlib", "toysql")]
+    assert made[1].items() >= dict(source="toysql", files={}, rows=1000).items()
+    blocks = load("stdlib")
+    assert made[0]["documents"] == len(documents(blocks)) and made[0]["files"] == {}
+    assert made[0]["tokens"] == len(blocks.tokens) and sys.version.split()[0] in made[0]["source"]
+    command = ("import data, json\nprint(json.dumps([data.load(*args, path=path).about for *args, "
+               "path in json.loads(input())]))")
+    calls = [("wikitext", "a"), ("e2e", "b"), ("stdlib", None), ("toysql", None)]
+    calls = [(dataset, "validation", 257, 6 if path else 128, path) for dataset, path in calls]
+    done = subprocess.run([sys.executable, "-c", command], input=json.dumps(calls), text=True,
+                          stdout=subprocess.PIPE, check=True)
+    assert json.loads(done.stdout) == [about, pairs, *made]
+
+
+def test_the_hash_about_tells_any_change_of_content_name_or_order_but_not_the_folder():
+    one, two = jsonl({"text": "one"}), jsonl({"text": "two"})
+    names = "validation-0.jsonl", "validation-1.jsonl"
+    sources = [dict(zip(names, [one, two])), dict(zip(names, [two, one])),
+               dict(zip(names, [one, one])), {names[0]: one + two}, {names[1]: one + two},
+               {names[0]: one + b"\n", names[1]: two}, {"d/" + names[0]: one + two},
+               {"d/" + names[1]: one + two}]
+    hashes = [[told_about(f"{folder}{i}", "wikitext", files)["sha256"]
+               for i, files in enumerate(sources)] for folder in "ab"]
+    assert hashes[0] == hashes[1] and len(set(hashes[0])) == len(sources)
+    hashes = [load(dataset, split).about["sha256"] for dataset in ("toysql", "stdlib")
+              for split in ("train", "validation")]
+    assert len(set(hashes)) == 4 and all(re.fullmatch("[0-9a-f]{64}", x) for x in hashes)
+
+
+@pytest.mark.parametrize("why", ["full", "a file", "a file within"])
+def test_a_cache_that_cannot_be_written_names_the_way_out_and_leaves_nothing(why, tmp_path):
+    resource = pytest.importorskip("resource")  # not on Windows
+    source, (soft, hard) = corpus("a", 5000 * "x"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    if why != "full":
+        write({"cache" if why == "a file" else "cache/fine-pruning": b""})
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096 if why == "full" else soft, hard))
+        message = mistake(OSError, **source)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(tmp_path / "cache/fine-pruning") in message and "XDG_CACHE_HOME" in message
+    left = [path.name for path in Path("cache").rglob("*")]
+    assert left == ([] if why == "a file" else ["fine-pruning"])
+    if why == "full":
+        assert documents(load(**source)) == [f"validation\n{5000 * 'x'}\n"]  # with room, it goes on
+
+
+@pytest.mark.parametrize("name", ["a b", "{v,w}", "né", "#%20", ".a/.b", "a:b"])
+def test_any_name_of_a_folder_will_do(name):
+    file = "default/validation [1].jsonl"
+    for folder in ("v", "v1", "w", name):  # a pattern in place of the name would find those
+        write({f"{folder}/{file}": jsonl({"text": f"in {folder}"})})
+    blocks = load("wikitext", path=name, block_size=2)
+    assert documents(blocks) == [f"in {name}"] and [*blocks.about["files"]] == [file]
+    hub_copy("v", text=["beside"])
+    assert documents(load(**hub_copy(name, text=[f"in {name}"]))) == [f"in {name}"]
+
+
+@pytest.mark.parametrize("name", ["[v1]", "*", "v?"])
+def test_a_name_that_stands_for_others_is_a_mistake(name):
+    for folder in ("v", "v1", name):
+        write({f"{folder}/validation.jsonl": jsonl({"text": f"in {folder}"})})
+    assert f"rename {Path(name).resolve()}" in mistake(dataset="wikitext", path=name)
 
 
 # Prompts and targets.
@@ -289,7 +412,7 @@ def test_micro_batches_are_together_the_whole_batch(batch, parts, processes, sim
     for micro in micros:  # None says: all of them
         for some in (micro.places, micro.similar):
             assert some is None or len(some) < micro.idx.numel()
-    assert "10 sequences" in mistake(data.micro_batches, batch=batch, device="cpu", parts=11)
+    assert "10 sequences" in mistake(call=data.micro_batches, batch=batch, device="cpu", parts=11)
 
 
 def test_the_similarity_sees_each_token_as_often_as_any_other():
@@ -308,7 +431,7 @@ def test_toysql_is_answered_by_looking_columns_up_in_the_header():
             "average": "AVG ", "mean": "AVG ", "which": "", "what": ""}
     compared = {"over": ">", "above": ">", "under": "<", "below": "<", "is": "=", "of": "="}
     capitals = collections.Counter()
-    for prompt, target in data.toysql("train"):
+    for prompt, target in data.toysql("train")[0]:
         header, question = prompt.splitlines()
         column = {name[:-1]: name for name in header.split(" | ")}
         asked, noun, name, word, value = re.fullmatch(
@@ -320,7 +443,7 @@ def test_toysql_is_answered_by_looking_columns_up_in_the_header():
 
 
 def test_toysql_is_the_same_everywhere_and_its_splits_share_no_prompt():
-    digests = [hashlib.sha256(repr(data.toysql(split)).encode()).hexdigest()[:16]
+    digests = [hashlib.sha256(repr(data.toysql(split)[0]).encode()).hexdigest()[:16]
                for split in ("train", "validation")]
     assert digests == ["d1b14708fb834628", "9a8853ca2202a4f6"]
     train, validation = both("toysql")  # none is longer than the block of 128
@@ -377,6 +500,16 @@ def test_samsum_summarises_a_dialogue_also_one_of_no_words():
     assert examples.references == [["Bob wants tea."], ["-"]]
 
 
+@pytest.mark.parametrize("name, sign", [("validation.csv", ","), ("validation.tsv", "\t")])
+def test_a_cell_of_a_table_is_the_text_that_stands_there(name, sign):
+    pairs = [["NA", "null"], ["", "one"], ["nan", ""], ["None", "12"], ["3.5", "-"]]
+    lines = [["id", "dialogue", "summary"], *([str(i), *pair] for i, pair in enumerate(pairs))]
+    write({name: "\n".join(map(sign.join, lines)).encode()})
+    examples = load("samsum", path=".")
+    assert [TOK.decode(p) for p in examples.prompts] == [f"{a}\nSummary:\n" for a, _ in pairs]
+    assert [TOK.decode(t) for t in examples.targets] == [b for _, b in pairs]
+
+
 def test_a_folder_of_parquet_files_without_a_readme_needs_no_configuration():
     for split in ("train", "validation"):
         write({f"default/{split}/0000.parquet": parquet(text=[split])})
@@ -386,17 +519,29 @@ def test_a_folder_of_parquet_files_without_a_readme_needs_no_configuration():
 
 # The user's mistakes: one line each.
 
-def case(told, dataset, files={}, path=".", **call):
-    return pytest.param(told.split(" + "), files, dict(dataset=dataset, path=path, **call), id=told)
+def case(told, dataset, files={}, path=".", **kwargs):
+    kwargs |= dict(dataset=dataset, path=path)
+    return pytest.param(told.split(" + "), files, kwargs, id=told)
 
 
 README = b"---\nconfigs:\n- {config_name: small, data_files: it.txt}\n---\n"
 ONE_TABLE = {"dev.tables.jsonl": jsonl({"id": "1", "header": ["a"]})}
 NO_ROWS = parquet(text=pa.array([], pa.string()))
+QUERY = dict(question=["?"], sql=[{"human_readable": "SELECT a FROM table"}])
+A_ROW = b'{"table_id": "1", "question": "", "sql": {"sel": 0, "agg": 0, "conds": []}}'
+
+
+def not_text(dataset, columns, column, value, row, **others):
+    """A parquet file with a `value`, in a column, that is no text."""
+    return case(f"HERE + column {column} + {value} + row {row}", dataset,
+                {"default/validation/0.parquet": parquet(**columns, **others)})
+
+
+TYPED = b"---\ndataset_info: {features: [{name: text, dtype: string}]}\n---\n"
 MEANINGS = jsonl(*(dict(meaning_representation=n * "a", human_reference="de") for n in (3, 7)))
 
 
-@pytest.mark.parametrize("told, files, call", [
+@pytest.mark.parametrize("told, files, kwargs", [
     case(" + ".join(["imdb", *data.DATASETS]), "imdb"),
     case("--block-size", "toysql", path=None, block_size=0),
     case("257 + 50257", "toysql", path=None, vocab_size=50304),
@@ -406,10 +551,11 @@ MEANINGS = jsonl(*(dict(meaning_representation=n * "a", human_reference="de") fo
     case("a file", "samsum", {"a file": b""}, path="a file"),
     case("HERE", "e2e"),
     case("HERE + validation", "wikitext", {"train.jsonl": jsonl({"text": "only this"})}),
-    case("HERE + damaged", "e2e", {"validation.parquet": b"PAR1 not really"}),
-    case("HERE + validation split + empty", "wikitext", {"validation.parquet": NO_ROWS}),
-    case("HERE + validation split + empty", "samsum", {"validation.csv": b"dialogue,summary\n"}),
-    case("HERE + validation split + empty", "wikisql", {"dev.jsonl": b""} | ONE_TABLE),
+    case("HERE + Parquet", "e2e", {"validation.parquet": b"PAR1 not really"}),
+    case("HERE + validation split + holds no rows", "wikitext", {"validation.parquet": NO_ROWS}),
+    case("HERE + validation split + holds no rows", "samsum", {
+        "validation.csv": b"dialogue,summary\n"}),
+    case("HERE + validation split + holds no rows", "wikisql", {"dev.jsonl": b""} | ONE_TABLE),
     case("wikitext-103-v1 + small", "wikitext", {"README.md": README, "it.txt": b"text"}),
     case("cleaned + default", "e2e", {"validation.jsonl": MEANINGS}, config="cleaned"),
     case("dialogue + summary + a.b", "samsum", {"validation.jsonl": b'{"a": {"b": 1}}'}),
@@ -417,28 +563,47 @@ MEANINGS = jsonl(*(dict(meaning_representation=n * "a", human_reference="de") fo
     *(case("dev.jsonl", "wikisql", ONE_TABLE | {"dev.jsonl": row}) for row in
       (b"{", b"[]", b"{}", b'{"table_id": "2", "question": "", "sql": {}}',
        b'{"table_id": "1", "question": "", "sql": {"sel": 7, "agg": 0, "conds": []}}')),
+    *(not_text("wikitext", dict(text=values), "text", *told) for values, *told in (
+        ([7, 8], 7, 1), ([b"a"], "b'a'", 1), (["a", "b", None], "None", 3), ([["a"]], "['a']", 1))),
+    *(not_text("e2e", dict(human_reference=values), "human_reference", *told,
+               meaning_representation=["m"] * len(values)) for values, *told in (
+        ([7, 8], 7, 1), ([b"a"], "b'a'", 1), (["a", "b", None], "None", 3), ([True], "True", 1))),
+    *(not_text("wikisql", dict(table=[{"header": header}]), "table.header", told, 1, **QUERY)
+      for header, told in (
+          (None, "None"), ("a", "'a'"), (["a", None], "['a', None]"), ([7], "[7]"))),
+    case("column table.header + 'ab' + row 1", "wikisql", {
+        "dev.tables.jsonl": jsonl({"id": "1", "header": "ab"}), "dev.jsonl": A_ROW}),
+    case("column dialogue + 17 + row 1", "samsum", {"validation.csv": b"dialogue,summary\n17,a\n"}),
+    case("column text + 7 + row 1", "wikitext", {"README.md": TYPED,
+                                                 "validation.parquet": parquet(text=[7])}),
+    case("column text + 7 + row 2", "wikitext", {f"validation-{i}.jsonl": jsonl({"text": text})
+                                                 for i, text in enumerate(["a", 7])}),
+    case("too high + HERE/hub/Salesforce/wikitext would do", "wikitext",
+         {"hub/Salesforce/wikitext/validation.txt": b"text"}, path="hub"),
+    case("too high + HERE/hub/Salesforce/wikitext would do", "wikitext",
+         {"hub/Salesforce/wikitext/validation.txt": b"text"}, path="hub/Salesforce"),
     case("11 tokens + --block-size", "wikitext", {"validation.txt": b"eleven byte"}, block_size=12),
     case("2 of 2 + 7 to 11 + --block-size", "e2e", {"validation.jsonl": MEANINGS}, block_size=6)])
-def test_a_mistake_is_told_in_one_line(told, files, call, tmp_path, capfd, caplog):
+def test_a_mistake_is_told_in_one_line(told, files, kwargs, tmp_path, capfd, caplog):
     write(files)
-    message = mistake(**call)
+    message = mistake(**kwargs)
     assert all(word.replace("HERE", str(tmp_path)) in message for word in told)
     assert capfd.readouterr().err == "" and not caplog.records  # nor has the library its say
 
 
-@pytest.mark.parametrize("dataset, revision", [
-    ("wikitext", None), ("samsum", None), ("e2e", "refs/convert/parquet"),
-    ("wikisql", "refs/convert/parquet")])
-def test_a_hub_out_of_reach_is_named_beside_what_works(dataset, revision, monkeypatch, tmp_path):
-    no_network, known = Mock(side_effect=ConnectionError("two\nlines")), data.DATASETS[dataset]
-    monkeypatch.setattr(datasets, "load_dataset", no_network)
-    message = mistake(dataset=dataset)
-    assert known["hub"] in message and "--data-path" in message and "--dataset stdlib" in message
-    write({"validation.txt": b""})
-    mistake(dataset=dataset, path=".")
-    assert [(*call.args, call.kwargs) for call in no_network.call_args_list] == [
-        (known["hub"], known.get("config"), dict(split="validation", revision=revision)),
-        (str(tmp_path), None, dict(split="validation", revision=None))]
+@pytest.mark.parametrize("dataset, revision, wanted", [
+    ("wikitext", None, ["README.md", "wikitext-103-v1/*"]), ("samsum", None, None),
+    ("e2e", "refs/convert/parquet", None), ("wikisql", "refs/convert/parquet", None)])
+def test_a_hub_out_of_reach_is_named_beside_what_works(dataset, revision, wanted, monkeypatch):
+    no_network, hub = Mock(side_effect=OSError("two\nlines")), data.DATASETS[dataset]["hub"]
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
+    message = mistake(ConnectionError, dataset=dataset)
+    assert all(word in message for word in (hub, "OSError", "--data-path", "--dataset stdlib"))
+    assert no_network.call_args == call(hub, repo_type="dataset", revision=revision,
+                                        allow_patterns=wanted)
+    write({"validation.jsonl": b""})
+    mistake(ValueError, dataset=dataset, path=".")
+    assert no_network.call_count == 1  # a folder asks nobody
 
 
 def test_the_library_itself_offline_ends_in_the_same_line(monkeypatch):

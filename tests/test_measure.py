@@ -112,10 +112,11 @@ def test_loss_and_redundancy_equal_brute_force(kind, rel, which, tokens):
     # The model takes its loss in float32: 257 additions, 2^-24 each.
     assert measure.mean_loss(model, examples, nullcontext()) == pytest.approx(loss, rel=2e-5 + rel)
     examples.by_length = lambda: list(range(len(examples)))  # very different lengths in a batch
-    sensitivity, Cs = measure.activation_statistics(model, examples, tokens)
+    sensitivity, Cs, seen = measure.activation_statistics(model, examples, tokens)
     assert sensitivity == pytest.approx(expected, rel=rel)
     for C, expected_C in zip(Cs, expected_Cs):
         assert (C - expected_C).abs().max() <= rel * expected_C.abs().max()
+    assert seen == sum(int(examples.batch([i])[2].sum()) for i in range(len(examples)))
     values, counts = measure.redundancy(Cs)
     shares = [share for C in Cs for share in span_by_hand(C)]
     assert values["span_uniqueness"] == pytest.approx(statistics.fmean(shares), rel=1e-7)
@@ -130,10 +131,10 @@ def test_loss_and_redundancy_equal_brute_force(kind, rel, which, tokens):
 
 def test_only_the_first_sequences_or_batches_count_when_asked():
     model = tiny()
-    found, Cs = measure.activation_statistics(model, examples_of(), first=2)
-    expected, expected_Cs = measure.activation_statistics(model, examples_of(TEXTS[:2]))
+    found, Cs, seen = measure.activation_statistics(model, examples_of(), first=2)
+    expected, *others = measure.activation_statistics(model, examples_of(TEXTS[:2]))
     assert found == pytest.approx(expected, rel=1e-9)
-    torch.testing.assert_close(Cs, expected_Cs)
+    torch.testing.assert_close([Cs, seen], others)
     many, first = blocks_of(tokens=200 * 32 + 1), blocks_of(tokens=128 * 32 + 1)  # 64 in a batch
     expected = measure.mean_loss(model, first, nullcontext())
     assert measure.mean_loss(model, many, nullcontext(), 2) == pytest.approx(expected, rel=2e-5)
@@ -169,11 +170,27 @@ def test_what_is_in_the_span_of_others_is_not_unique_though_its_cosines_are_smal
     assert measure.span_residuals(h.T @ h).max() < 1e-3  # more neurons than tokens
 
 
+def test_too_few_tokens_give_no_span_uniqueness_and_it_is_said_how_to_have_more(capsys):
+    Cs = [h.T @ h for h in (normal(60, 10), normal(60, 30))]
+    assert measure.redundancy(Cs, 60)[0] == measure.redundancy(Cs)[0]
+    fewer = measure.redundancy(Cs, 59)[0]
+    assert fewer["span_uniqueness"] is None and fewer["uniqueness"] > 0
+    save("small")  # with 64 neurons a layer
+    for examples, enough in (1, False), (2, True):
+        main(*"small --dataset stdlib --block-size 64 --device cpu --examples".split(), examples)
+        values = json.loads(Path("small/measure.json").read_text())["values"]
+        assert (values["span_uniqueness"] is not None) == enough
+        assert ("raise --examples" in capsys.readouterr().out) != enough
+    fake("run", "gum", value=0.5)  # whose span uniqueness is None
+    assert "| GUM | - |" in table_of(capsys, "run", "--metric", "span_uniqueness")
+    main("figures", "run")
+
+
 # Exact match and texts.
 
 
 def test_exact_match_by_teacher_forcing_is_greedy_decodings():
-    pairs, model = data.toysql("validation")[:100], tiny()
+    pairs, model = data.toysql("validation")[0][:100], tiny()
     examples = data.Examples(pairs, 128, data.tokenizer(257))
     written = model.generate(examples.prompts, 4, temperature=0)
     for i, ids in enumerate(written):  # for every other one, a token is a different one
@@ -231,7 +248,7 @@ def save(folder, kind="gpt2", widths=(), scale=2.0):
 def main(*words):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(sys, "argv", ["measure.py", *map(str, words)])
-        measure.main()
+        measure.call(*measure.read_flags())
 
 
 def evaluate(*words):
@@ -255,7 +272,7 @@ def test_runs_of_every_method_are_measured_tabled_and_drawn(kind, capsys):
         assert (values["leftover"], found["leftover_per_layer"]) == tuple(
             metrics[method][name] for name in ("leftover", "leftover_per_layer"))
         split = load_once("stdlib", "train", 257, 64, None, None)
-        sensitivity, Cs = measure.activation_statistics(model, split, first=8)
+        sensitivity, Cs, _ = measure.activation_statistics(model, split, first=8)
         assert values["sensitivity"] == pytest.approx(sensitivity)
         assert values["uniqueness"] == measure.redundancy(Cs)[0]["uniqueness"]
         widths = list(model.config.mlp_widths)
@@ -323,8 +340,14 @@ def fake(folder, method, leftover=0.5, seed=0, distill=False, value=None, real=N
     settings = dict(dataset="toysql", data_config=None, model="small", method=method,
                     distill=distill, leftover=leftover, seed=seed, lr=0.1) | settings
     widths = [round(20 * leftover)] * 2
+    log = Path(folder, "log.jsonl")
+    log.write_text("".join(json.dumps(dict(
+        step=step, loss=9 / step, v_t=leftover, leftover=leftover, widths=widths)) + "\n"
+        for step in range(1, 30)))
     files = dict(metrics=dict(
-        settings=settings, start=dict(widths=[20, 20]), result=dict(val_perplexity=5.0 + seed),
+        settings=settings, log=measure.log_state(log.read_bytes()),
+        data={split: dict(sha256=settings["dataset"] + split) for split in ("train", "validation")},
+        start=dict(widths=[20, 20]), result=dict(val_perplexity=5.0 + seed),
         leftover=real or leftover, leftover_per_layer=[leftover] * 2))
     if value is not None:
         values = dict(exact_match=value, perplexity=3.0, sensitivity=value, uniqueness=0.9,
@@ -332,10 +355,7 @@ def fake(folder, method, leftover=0.5, seed=0, distill=False, value=None, real=N
         counts = [[0] * 5 + [width] + [0] * 4 for width in widths]
         files["measure"] = dict(values=values, ratios=values, counts=counts)
     for name, content in files.items():
-        Path(folder, f"{name}.json").write_text(json.dumps(content))
-    Path(folder, "log.jsonl").write_text("".join(json.dumps(dict(
-        step=step, loss=9 / step, v_t=leftover, leftover=leftover, widths=widths)) + "\n"
-        for step in range(1, 30)))
+        measure.write_json(Path(folder, f"{name}.json"), content)
 
 
 def test_the_dense_run_is_of_the_same_data_model_and_seed_and_most_alike():
@@ -481,22 +501,30 @@ def test_every_method_has_its_own_look_also_a_new_one(fakes, monkeypatch, capsys
     ("table fake --metric speed", "speed perplexity"),
     ("table cut", "cut/measure.json damaged remove"),
     ("empty --dataset stdlib", "empty config.json"),
-    ("unfinished", "unfinished finished --resume")])
+    ("unfinished", "unfinished finished --resume"),
+    ("tabel fake", "tabel evaluate, table, figures, sample")])
 def test_a_mistake_gets_one_line_and_status_2(words, says, capsys):
     save("small")
     fake("fake", "gum")
     fake("unknown", "mine")
-    for name, content in (("empty/a", ""), ("unfinished/settings", '{"method": "gum"}'),
-                          ("damaged/metrics", "{half"), ("cut/measure", "{}")):
+    for name, content in (("empty/a", ""), ("damaged/metrics", "{half"), ("cut/measure", "{}")):
         os.mkdir(Path(name).parent)
         Path(f"{name}.json").write_text(content)
+    os.mkdir("unfinished")
+    measure.write_json(Path("unfinished/settings.json"), dict(method="gum"))
     assert pytest.raises(SystemExit, main, *words.split()).value.code == 2
     *before, line = capsys.readouterr().err.strip().splitlines()
     assert not before or before[0].startswith("reading") and len(before) == 1
-    assert line.startswith("measure.py: error: ") and all(word in line for word in says.split())
+    assert re.match(r"measure.py \w+: error: ", line)
+    assert all(word in line for word in says.split())
     assert list(Path().glob("*/measure.json")) == [Path("cut/measure.json")]
 
 
-def test_help_is_no_mistake(capsys):
-    assert pytest.raises(SystemExit, main, "--help").value.code == 0
-    assert "measure.py table" in capsys.readouterr().out
+@pytest.mark.parametrize("words,usage,says", [
+    ("--help", "evaluate", "measure.py [evaluate] out/RUN"), ("figures --help", "figures", "--out"),
+    ("evaluate --help", "evaluate", "--split"), ("table --help", "table", "--metric"),
+    ("sample --help", "sample", "--prompt")])
+def test_help_is_no_mistake(words, usage, says, capsys):
+    assert pytest.raises(SystemExit, main, *words.split()).value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: measure.py {usage} [-h]") and says in out

@@ -19,7 +19,8 @@ from transformers import (AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT
                           GPTNeoForCausalLM)
 from transformers.models.gpt_neo import modeling_gpt_neo
 
-from model import GPT, SHAPES, GPTConfig
+from model import GPT, GPTConfig
+from results.bench import SHAPES
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -253,6 +254,15 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, layout, family, changes, me
         GPT.from_pretrained(write(tmp_path, FAMILIES[family](), layout, False, change))
 
 
+@pytest.mark.parametrize("layout", ["safetensors", "bin shards"])
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+def test_a_number_that_is_not_finite_is_named_by_its_tensor(tmp_path, layout, number):
+    hf, name = hf_gpt2(), "h.2.attn.c_proj.bias"
+    hf.transformer.get_parameter(name).data[3] = float(number)
+    with pytest.raises(ValueError, match=f"{name} holds numbers that are not finite"):
+        GPT.from_pretrained(write(tmp_path, hf, layout))
+
+
 @pytest.mark.parametrize("layout, damage", [
     *((layout, "cut") for layout in LAYOUTS),
     *(("safetensors", damage) for damage in ("short", "empty", "garbage", "text")),
@@ -336,10 +346,15 @@ def test_a_bad_index_is_an_error(tmp_path, index):
     ({"n_head": 0}, "config.json: n_head is 0"), ({"n_layer": "4"}, "config.json: n_layer is '4'"),
     ({"n_embd": None}, "config.json: n_embd is None"), ({"vocab_size": "97"}, "vocab_size is '97'"),
     ({"mlp_widths": [1, 2]}, "config.json: 4 layers, 4 windows, 2 MLP widths"),
-    ({"mlp_widths": [1, 2, 3, -4]}, "config.json: MLPs can't have .1, 2, 3, -4. neurons"),
-    ({"n_inner": 128.0}, "can't have .128.0"), ({"layer_norm_epsilon": "x"}, "could not convert"),
+    ({"mlp_widths": [1, 2, 3, -4]}, "config.json: layers can't have .1, 2, 3, -4. neurons"),
+    ({"n_inner": 128.0}, "can't have .128.0"),
+    ({"model_type": "gpt_neo", "max_position_embeddings": 64, "hidden_size": 32, "num_layers": 1,
+      "num_heads": 2, "attention_types": [[["local"], 1]], "window_size": "x"}, "can't have .* windows"),
+    ({"layer_norm_epsilon": "x"}, "could not convert"),
     ('{"model_type": "gpt2", "n_embd": 32}', "config.json: 'n_positions' is missing"),
-    *((text, "config.json") for text in ("", "{", "[]", "{}", '"gpt2"'))], ids=str)
+    *(({"n_layer": n}, f"is no GPT's config.json: n_layer is {n!r}") for n in ("four", True, 1e9)),
+    *((text, "config.json") for text in ("", "{", "[]", "{}", '"gpt2"')),
+    ("[1]", "is no GPT's config.json")], ids=str)
 def test_a_configuration_that_is_not_known_is_an_error(tmp_path, change, message):
     write(tmp_path, hf_gpt2(), **(change if isinstance(change, dict) else {}))
     if isinstance(change, str):  # the whole file
@@ -357,8 +372,8 @@ def hub_cache(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name, error, message", [
-    *((name, ConnectionError, f"can't get '{name}' from the Hub .* or use --model tiny")
-      for name in ("gpt2", "EleutherAI/gpt-neo-125m")),
+    *((name, ConnectionError, f"no model '{name}': there is no such folder, and the Hub .* --model")
+      for name in ("gpt2", "EleutherAI/gpt-neo-125m", "a/b")),
     *((name, FileNotFoundError, f"no model '{name}': there is no such folder, and a Hub's name is")
       for name in ("no/such/folder", "/no/such/folder", "", "owner/", "../model", "gpt5",
                    "results/mistyped"))])

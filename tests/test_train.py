@@ -1,5 +1,6 @@
 """A run from its command line to its folder: what it leaves, loses, and says to mistakes."""
 
+import io
 import json
 import math
 import os
@@ -7,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from unittest.mock import Mock
@@ -19,8 +20,9 @@ from safetensors.torch import load_file
 
 import data
 import train
-from model import GPT, NEO, GPTConfig
+from model import GPT, GPTConfig
 from prune import METHODS
+from results.bench import NEO
 
 ROOT = Path(__file__).parents[1]
 PRUNING = [method for method in METHODS if method != "none"]
@@ -74,11 +76,12 @@ def assert_same_weights(a, b, atol=0.0):
 
 
 def assert_same_run(a, b):
-    """Of two runs' folders: the same weights, log and metrics, bit for bit, but for the times."""
+    """Of two runs' folders: the same weights, log and metrics, bit for bit, but for the times and
+    the checksums of these."""
     assert_same_weights(a, b)
+    varying = r'"\w*seconds?": [^,}\n]+|"log": \[[^]]*\]|"crc32": \d+'
     for file in ("log.jsonl", "metrics.json"):
-        first, second = (re.sub(r'"\w*seconds?": [^,}\n]+', "", Path(folder, file).read_text())
-                         for folder in (a, b))
+        first, second = (re.sub(varying, "", Path(folder, file).read_text()) for folder in (a, b))
         assert first == second
 
 
@@ -150,9 +153,20 @@ def test_the_log_has_a_line_every_interval_and_evaluation_and_follows_the_schedu
 def test_the_name_of_the_folder_tells_the_settings_whatever_is_beside_it():
     os.makedirs("out/damaged")
     Path("out/damaged/metrics.json").write_text("{")
-    run("--method topv --leftover 0.25 --scope global --seed 3")
-    assert Path("out/topv-stdlib-small-0.25-block-size=32-steps=12-batch-size=2-lr=0.01-"
-                "scope=global-seed3").is_dir()
+    run("--method topv --leftover 0.25 --scope global --seed 3 --block-size 64")
+    (folder,) = {path.name for path in Path("out").iterdir()} - {"damaged"}
+    assert re.fullmatch(r"topv-stdlib-small-0.25-block-size=64-steps=12-\w{8}-seed3", folder)
+
+
+def test_other_settings_have_other_names_none_longer_than_60_characters():
+    flags = ["", "--steps 9", "--lr 0.1", "--scope layer", "--scope layer --lr 0.1", "--distill",
+             "--batch-size 7 --lr 0.1 --weight-decay 0.2 --eps 1e-5 --lambda-gum 3",
+             "--batch-size 7 --lr 0.1 --weight-decay 0.2 --eps 1e-5 --lambda-gum 4",
+             f"--dataset wikitext --data-config a/b --model {'m' * 99}", f"--model {'m' * 98}n"]
+    names = [train.resolve(train.parse(f"--device cpu {words}".split())).out for words in flags]
+    assert len(set(names)) == len(flags) and max(len(Path(name).name) for name in names) <= 60
+    assert names[:2] == ["out/gum-stdlib-tiny-0.25-seed0", "out/gum-stdlib-tiny-0.25-steps=9-seed0"]
+    assert all(name.count("/") == 1 for name in names)
 
 
 # The ways through: tiny, pruned starts, epochs, teachers, and what changes nothing but rounding.
@@ -210,9 +224,11 @@ def test_the_similarity_can_see_fewer_tokens():
 
 @pytest.mark.parametrize("method", PRUNING)
 def test_layers_that_lose_every_neuron_still_train_save_load_and_export(method):
-    tau = "--tau 0.9999 --mask-lr 0.1" if method == "soft" else ""  # it leaves nothing, then
-    metrics = run(f"--method {method} --leftover 0.004 {tau} --out run")
-    assert 0 in metrics["result"]["widths"] and math.isfinite(metrics["result"]["val_loss"])
+    save_small("uneven", mlp_widths=(64, 8))
+    tau = "--tau 0.9999 --mask-lr 0.1" if method == "soft" else ""  # then none reaches it
+    metrics = run(f"--method {method} --leftover 0.02 {tau} --out run", model="uneven")
+    assert sorted(metrics["result"]["widths"]) == [0, 1]
+    assert math.isfinite(metrics["result"]["val_loss"])
     model = GPT.from_pretrained("run")
     model.save_pretrained("padded", pad=True)
     padded, idx = GPT.from_pretrained("padded"), torch.randint(257, (2, 20))
@@ -290,7 +306,7 @@ def killed_run(death, flags, **how):
         run(flags, **how)
 
 
-DEATHS = {"while saving": (torch, "save", 2, lambda _, path: die(path.write_bytes(b"PK half"))),
+DEATHS = {"while saving": (torch, "save", 2, lambda _, file: die(file.write(b"PK half"))),
           "before what is saved is in place": (torch, "save", 2, None, die),
           "in the middle of a step": (*STEP, 7, die),
           "between two steps": (*STEP, 10, None, die),
@@ -385,9 +401,15 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(capsys, monkeyp
     ("--lr -1", "--lr|above 0"), ("--lr inf", "--lr|above 0"), ("--steps 0", "--steps|above 0"),
     ("--lambda-sim 2", "--lambda-sim|(0, 1]"), ("--sim-tokens 0", "--sim-tokens|above 0"),
     ("--steps 9 --epochs 1", "--steps|--epochs|one of them"), ("--methd gum", "--methd"),
-    ("--method none --leftover 0.5", "--leftover|all stay"), ("--out small", "small|--out"),
+    ("--method none --leftover 0.5", "--leftover|--method none"), ("--out small", "small|--out"),
     ("--method soft --scope global", "--scope"), ("--teacher small", "--teacher|--distill"),
-    ("--method random --lambda-gum 1", "--lambda-gum"), ("--model empty", "empty|config.json"),
+    ("--method random --lambda-gum 1", "--lambda-gum"),
+    *((f"--method {method} {flag} 1", f"{flag} means nothing with --method {method}")
+      for method, flag in (("random", "--mask-lr"), ("magnitude", "--lambda-mvp"), ("gum", "--tau"),
+                           ("topv", "--lambda-sim"), ("soft", "--lambda-sim"))),
+    ("--distill --alpha-ce 0 --alpha-kd 0", "--alpha-ce 0 with --alpha-kd 0"),
+    ("--model small --dataset toysql --batch-size 20001", "--batch-size 20001|20000 sequences"),
+    ("--model empty", "empty|config.json"),
     ("--method topv --sim-tokens 8", "--sim-tokens|gum"), ("--block-size 257", "257|256"),
     ("--distill --label-smoothing 0.1", "--label-smoothing"),
     ("--compile --gradient-checkpointing", "--compile|--gradient-checkpointing"),
@@ -413,6 +435,32 @@ def test_a_mistake_gets_one_line_and_status_2_and_leaves_nothing(flags, says, ca
     assert {path: path.read_bytes() for path in Path("small").iterdir()} == before
 
 
+@pytest.mark.parametrize("method,scope,none,one", [  # each layer's 64 neurons, or all 128
+    *((method, "layer", 0.0078, 0.0079) for method in PRUNING),
+    *((method, "global", 0.0039, 0.00391) for method in PRUNING if method != "soft")])
+def test_a_leftover_of_no_neuron_at_all_is_a_mistake_and_of_one_is_not(
+        method, scope, none, one, capsys):
+    how = "--tau 0.9999 --mask-lr 0.1" if method == "soft" else f"--scope {scope}"
+    flags = f"{SMALL} --out run --steps 2 --method {method} {how} --leftover"
+    assert_fails(capsys, f"{flags} {none}", f"--leftover {none} of 128 neurons is none")
+    assert not Path("run").exists() and program(capsys, f"{flags} {one}")[0] == 0
+    assert sum(GPT.from_pretrained("run").config.mlp_widths) == (2 if scope == "layer" else 1)
+
+
+def test_a_micro_batch_too_large_for_the_memory_is_a_mistake(capsys, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: 1000)  # so many pages of so many bytes
+    flags = f"{SMALL} --batch-size 64 --steps 2 --out run"  # 4 B an activation: over 2 MB
+    assert_fails(capsys, flags, "a step takes over|--accumulate")
+    assert not Path("run").exists() and program(capsys, f"{flags} --accumulate 8")[0] == 0
+
+
+def test_the_progress_bar_is_named_in_a_few_words(monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(train, "tqdm", partial(train.tqdm, file=shown, disable=False))
+    run("--method topv --leftover 0.5 --weight-decay 0.2")
+    assert set(re.findall(r"\r([^:]*): +\d+%", shown.getvalue())) == {"topv 50%"}
+
+
 def test_a_model_without_neurons_can_only_be_fine_tuned(capsys):
     save_small("pruned-away", mlp_widths=(0, 0))
     assert_fails(capsys, "--model pruned-away", "no MLP neurons left")
@@ -424,6 +472,8 @@ def test_an_interrupted_run_is_not_overwritten_and_a_damaged_file_in_it_is_named
     again = f"{SMALL} --out run"
     assert_fails(capsys, again, "interrupted|--resume")
     assert_fails(capsys, f"{again} --steps 13 --resume", "other settings|steps is 12 there")
+    assert_fails(capsys, f"{again} --lr 1 --eps 1 --leftover 0.5 --seed 1 --steps 9 --resume",
+                 "other settings|seed is 0 there and 1 here|, and 2 more)")
     for file, content in (
             ("metrics.json", "[3]"), ("metrics.json", '{"a": 1}'), ("metrics.json", '{"a": '),
             ("settings.json", "[3]"), ("checkpoint.pt", "half"),
