@@ -68,8 +68,7 @@ def load(dataset, split, vocab_size, block_size, path=None, config=None):
         name = f"{dataset}-{split}-{vocab_size}-3-{about['sha256'][:16]}.bin"
         tokens = cached(cache_folder() / name, documents, tok)
         if len(tokens) < max(block_size, 2):
-            raise ValueError(f"{dataset} {split} has {len(tokens)} tokens, too few for --block-size "
-                             f"{block_size}")
+            raise ValueError(f"{dataset} {split} has {len(tokens)} tokens: lower --block-size")
         blocks = Blocks(tokens, block_size, tok.eot)
         blocks.about = about | dict(documents=int((tokens == tok.eot).sum()) + 1,
                                     tokens=len(tokens))
@@ -429,7 +428,7 @@ def parsed(builder, split, files, columns):
     for number in re.findall(r"-of-(\d+)\.", " ".join(map(os.path.basename, files))):
         if int(number) != len(files):
             raise ValueError(f"{len(files)} files are there of {int(number)}")
-    # In CSV files NA is text, too; for Parquet files of no rows the library's own size is 0.
+    # NA in CSV is text; Parquet of no rows would make the size 0.
     vars(builder.config).update(keep_default_na=False, batch_size=10_000)
     for file in files:  # each alone, lest its types be turned into another's, or the README's
         builder.info.features, builder.config.data_files = None, {split: [file]}
@@ -437,7 +436,9 @@ def parsed(builder, split, files, columns):
             table = table.flatten()  # pyarrow's
             if missing := [name for name in columns if name not in table.column_names]:
                 raise ValueError(f"its columns are {table.column_names}, without {missing}")
-            yield from zip(*(table[name].to_pylist() for name in columns))
+            # If one row is no text, all are JSON here.
+            yield from zip(*(map(json.loads, column.to_pylist()) if "json" in str(column.type)
+                             else column.to_pylist() for column in map(table.column, columns)))
 
 
 def download(dataset, config):

@@ -186,7 +186,7 @@ FORMAT = 1  # of these files: raise it when what they hold changes
 
 
 def checksum(content):
-    """Of a dict, as this version writes it."""
+    """Of a dict."""
     return zlib.crc32(json.dumps(content, sort_keys=True).encode(), FORMAT)
 
 
@@ -391,6 +391,8 @@ def parse(parser, groups, words):
     args = parser.parse_args(words)
     for name, flag in (item for flags in groups.values() for item in flags.items()):
         value = getattr(args, name)
+        if value == "":
+            parser.error(f"{flag_of(name)} is empty")
         if flag.within and value is not None and not RANGES[flag.within](value):
             parser.error(f"{flag_of(name)} {value} is out of range: it must be {flag.within}")
     device = getattr(args, "device", None) or "cpu"
@@ -436,7 +438,7 @@ def command_line(commands, flags, about):
                                      description=commands[name].__doc__ if named else about,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.print_usage = lambda file: None  # so that a mistake takes one line
-    if words and not named and words[0][0] != "-" and not os.path.exists(words[0]):
+    if words and not named and words[0][:1] != "-" and not os.path.exists(words[0]):
         parser.error(f"{words[0]} is no run's folder, and none of {', '.join(commands)}")
     args = parse(parser, {name: flags[name]}, words)
     for flag, one in flags[name].items():
@@ -451,7 +453,7 @@ def call(command, args, parser):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         command(args)
-        sys.stdout.flush()
+        print(end="", flush=True)
     except BrokenPipeError:  # as after `| head -1`
         os._exit(1)
     except (ValueError, OSError) as error:

@@ -201,7 +201,7 @@ class GPT(nn.Module):
 
     def compile_blocks(self):
         """Have torch.compile make kernels for the blocks, for any number of neurons."""
-        # Kernels for windows, pruning, gradients, recording, or none of them:
+        # Kernels with and without windows, pruning, gradients, recording:
         torch._dynamo.config.cache_size_limit = 64
         torch._dynamo.config.optimize_ddp = False  # cuts up graphs; a block is small enough
         for block in self.h:
@@ -307,12 +307,12 @@ class GPT(nn.Module):
 def whole(path):
     """The name to write under what is to be at `path`, whole or not at all. Raises OSError, and
     leaves nothing, where there is no room."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may be writing it, too
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write it, too
     try:
         yield beside
         os.replace(beside, path)
-    except Exception as error:  # torch's and safetensors' own among them
-        if isinstance(error, OSError) and error.__cause__:  # told already, of another file
+    except Exception as error:  # torch's own, too
+        if isinstance(error, OSError) and error.__cause__:  # told already
             raise
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         reason = getattr(reason, "strerror", None) or reason

@@ -218,7 +218,7 @@ def save(folder, progress, parts, args):
 
 
 def restore(file, progress, parts, args):
-    """Go on from what `save` wrote. Raises ValueError where that can't be."""
+    """Go on from what `save` wrote, or raise ValueError."""
     try:
         with zipfile.ZipFile(file) as zipped:
             damaged = zipped.testzip()  # torch does not look at checksums
@@ -230,8 +230,7 @@ def restore(file, progress, parts, args):
             part.load_state_dict(content[name])
     except Exception as error:  # torch has several exceptions for a damaged file
         raise ValueError(f"can't go on from {file} ({type(error).__name__} {error}): if it is "
-                         f"damaged, or another run's, remove {file.parent} and start over"
-                         ) from error
+                         f"damaged, remove {file.parent} and start over") from error
 
 
 def cut_log(path, known):
@@ -280,7 +279,7 @@ def check_folder(args):
     found = measure.read_run(out) if out.is_dir() else None
     state = found.state if found else "new"
     if state == "new" and out.exists() and not (found and all(
-            name.endswith((".lock", ".tmp")) for name in os.listdir(out))):  # it was killed at once
+            name.endswith((".lock", ".tmp")) for name in os.listdir(out))):
         raise ValueError(f"{out} exists and is no run's folder: name another with --out")
     if args.resume:
         if state == "new":
@@ -368,7 +367,7 @@ def run(flags, implied=False):
                          f"{args.accumulate} times {PROCESSES} processes, or more than the "
                          f"{len(train_data)} sequences to train on")
     if args.device == "cpu" and hasattr(os, "sysconf"):  # elsewhere torch itself tells
-        # The least that activations take, against all memory.
+        # The least that activations take.
         tokens = args.batch_size / parts * about["train"]["tokens"] / len(train_data)
         least = 2 * tokens * sum(8 * model.config.n_embd + 2 * m for m in widths)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -438,7 +437,7 @@ def run(flags, implied=False):
 
 
 def finished(out):
-    """A finished run's metrics; what it took to go on with it goes."""
+    """A finished run's metrics; what it took to go on goes."""
     if PROCESS == 0:
         for file in ("checkpoint.pt", "settings.json", ".lock"):
             with suppress(OSError):  # none there; or, on Windows, the lock is held
@@ -543,8 +542,9 @@ def check_together(args):
     fits |= dict.fromkeys(FLAGS["distillation"], args.distill)
     for flag, fit in fits.items():
         if getattr(args, flag) is not None and not fit:
+            zero = " --lambda-gum 0" * ("sim" in flag and method.learned)
             needs = ("without --distill" if flag in FLAGS["distillation"] else
-                     f"with --method {name}" + " --lambda-gum 0" * ("sim" in flag and method.learned))
+                     f"with --method {name}{zero}")
             fail(f"{flag_of(flag)} means nothing {needs}")
     if args.alpha_ce == args.alpha_kd == 0:
         fail("--alpha-ce 0 with --alpha-kd 0 trains nothing")
@@ -617,7 +617,7 @@ def main():
         metrics = run(flags)
         if PROCESS == 0:
             report(metrics, resolve(flags).out)
-            sys.stdout.flush()
+            print(end="", flush=True)
     except BrokenPipeError:  # as after `| head -1`
         say(f"the model is in {resolve(flags).out}")
         os._exit(0)

@@ -99,7 +99,12 @@ def sampled(model, ids, tokens):
     """The text of `ids` and up to `tokens` more: drawn, but always the same ones."""
     tokenizer = data.tokenizer(model.config.vocab_size)
     generator = torch.Generator(model.wte.weight.device).manual_seed(0)
-    new, = model.generate([ids], tokens, 0.8, top_k=40, eot=tokenizer.eot, generator=generator)
+    try:
+        new, = model.generate([ids], tokens, 0.8, top_k=40, eot=tokenizer.eot, generator=generator)
+    except RuntimeError as error:
+        if "probability" not in str(error):  # torch's words for NaN
+            raise
+        raise ValueError("nothing can be drawn: the model's logits are no numbers") from error
     return tokenizer.decode(ids + new)
 
 

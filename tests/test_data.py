@@ -329,6 +329,12 @@ def test_any_name_of_a_folder_will_do(name):
     assert documents(load(**hub_copy(name, text=[f"in {name}"]))) == [f"in {name}"]
 
 
+def test_one_odd_row_makes_no_json_of_the_others():
+    write({"validation.jsonl": jsonl(*({"text": "abc"} for _ in range(300)), {"text": {"a": 1}})})
+    message = mistake(dataset="wikitext", path=".", block_size=2)
+    assert "column text" in message and "row 301" in message
+
+
 @pytest.mark.parametrize("name", ["[v1]", "*", "v?"])
 def test_a_name_that_stands_for_others_is_a_mistake(name):
     for folder in ("v", "v1", name):

@@ -501,6 +501,7 @@ def test_every_method_has_its_own_look_also_a_new_one(fakes, monkeypatch, capsys
     ("table fake --metric speed", "speed perplexity"),
     ("table cut", "cut/measure.json damaged remove"),
     ("empty --dataset stdlib", "empty config.json"),
+    ("sample wild --prompt x --device cpu", "logits"),
     ("unfinished", "unfinished finished --resume"),
     ("tabel fake", "tabel evaluate, table, figures, sample")])
 def test_a_mistake_gets_one_line_and_status_2(words, says, capsys):
@@ -510,6 +511,10 @@ def test_a_mistake_gets_one_line_and_status_2(words, says, capsys):
     for name, content in (("empty/a", ""), ("damaged/metrics", "{half"), ("cut/measure", "{}")):
         os.mkdir(Path(name).parent)
         Path(f"{name}.json").write_text(content)
+    wild = GPT.from_pretrained("small")
+    wild.wte.weight.data.fill_(1e34)  # finite, but no product of them
+    wild.ln_f.weight.data.fill_(1e37)
+    wild.save_pretrained("wild")
     os.mkdir("unfinished")
     measure.write_json(Path("unfinished/settings.json"), dict(method="gum"))
     assert pytest.raises(SystemExit, main, *words.split()).value.code == 2

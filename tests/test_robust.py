@@ -158,7 +158,7 @@ def test_a_damaged_or_another_runs_checkpoint_is_named_and_kept(damage, capsys):
     else:
         torch.save({"a": 1} if damage == "a dict" else [1], path)
     before = contents("run")
-    assert_fails(capsys, f"{SMALL} {FLAGS} --resume", "can't go on from run/checkpoint.pt|remove run")
+    assert_fails(capsys, f"{SMALL} {FLAGS} --resume", "go on from run/checkpoint.pt|remove run")
     assert contents("run") == before
 
 
@@ -266,6 +266,16 @@ def test_mistakes_are_told_and_help_given_before_torch_is_imported(command, stat
     found, out, err = process(command, "raise ImportError('torch was imported')")
     assert found == status and says in out + err
     assert status == 1 or (out + err).count("\n") == err.count("\n") == 1 or not err
+
+
+def test_what_follows_the_look_at_the_flags_is_the_real_thing():
+    status, out, err = process("measure.py sample small --prompt x --tokens 3 --device cpu")
+    assert (status, err) == (0, "") and "pruned: small" in out
+
+
+def test_an_empty_word_is_no_word(capsys):
+    assert_fails(capsys, "--out=", "--out is empty")
+    assert "no run's folder" in refused(capsys, "")
 
 
 @pytest.mark.parametrize("command", ["train.py", "measure.py table small"])
