@@ -133,7 +133,7 @@ class Blocks:
         return ids[:, :-1].where(real, self.eot), ids[:, 1:].where(real, -100), real
 
     def by_length(self):
-        """The order to evaluate in: all are as long."""
+        """As they come: all are as long."""
         return list(range(len(self)))
 
 
@@ -253,7 +253,7 @@ def wikitext(split, path, config):
 
 
 def sha256(texts):
-    """A list's hash."""
+    """Of a list of texts."""
     return hashlib.sha256(repr(texts).encode()).hexdigest()
 
 

@@ -186,7 +186,7 @@ FORMAT = 1  # of these files: raise it when what they hold changes
 
 
 def checksum(content):
-    """Of a dict."""
+    """Of a dict in this format."""
     return zlib.crc32(json.dumps(content, sort_keys=True).encode(), FORMAT)
 
 
