@@ -247,8 +247,9 @@ class GPT(nn.Module):
         return model
 
     def save_pretrained(self, folder, pad=False):
-        """Write `config.json` and `model.safetensors` into `folder`, in Hugging Face's format;
-        neither is ever torn.
+        """Write `config.json`, `generation_config.json` and `model.safetensors` into `folder`, in
+        Hugging Face's format, and where widths differ the code that transformers needs to load it;
+        none is ever torn.
 
         `pad=True` fills every layer with zero neurons to the widest one's width: the same function,
         larger, which any Hugging Face loader reads.
@@ -264,10 +265,16 @@ class GPT(nn.Module):
                     state[name] = F.pad(tensor, (0, width - tensor.size(1)))
         views = hf_views(state, config)
         tensors = {f"transformer.{name}": view.contiguous() for name, view in views.items()}
-        folder = Path(folder)
+        folder, hf = Path(folder), config_to_hf(config)
         folder.mkdir(parents=True, exist_ok=True)
+        if "auto_map" in hf:
+            with whole(folder / "modeling_pruned.py") as code:
+                shutil.copyfile(Path(__file__).parent / "results/modeling_pruned.py", code)
+        with whole(folder / "generation_config.json") as ids:
+            ids.write_text(json.dumps({f"{name}_token_id": hf["eos_token_id"]
+                                       for name in ("bos", "eos", "pad")}))
         with whole(folder / "config.json") as settings:
-            settings.write_text(json.dumps(config_to_hf(config), indent=2) + "\n")
+            settings.write_text(json.dumps(hf, indent=2) + "\n")
             with whole(folder / WEIGHTS[0]) as weights:
                 safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
                 shutil.copymode(settings, weights)  # safetensors' own is private
@@ -356,7 +363,8 @@ def read_config(folder):
 
 
 def config_to_hf(config):
-    """`config` as the dict that goes into config.json; `mlp_widths` only if they differ."""
+    """`config` as the dict that goes into config.json; `mlp_widths` and `auto_map`, the code that
+    reads them, only if they differ."""
     kind, widths, end = config.model_type, config.mlp_widths, config.vocab_size - 1
     hf = dict(architectures=["GPT2LMHeadModel" if kind == "gpt2" else "GPTNeoForCausalLM"],
               model_type=kind, vocab_size=config.vocab_size, bos_token_id=end, eos_token_id=end,
@@ -364,7 +372,8 @@ def config_to_hf(config):
               layer_norm_epsilon=config.layer_norm_epsilon)
     hf |= zip(KEYS[kind], [*(getattr(config, field) for field in FIELDS), max(widths)])
     if len(set(widths)) > 1:
-        hf["mlp_widths"] = list(widths)
+        code = f"modeling_pruned.Pruned{hf['architectures'][0]}"
+        hf |= dict(mlp_widths=list(widths), auto_map=dict(AutoModelForCausalLM=code))
     if kind == "gpt2":
         return hf | dict(scale_attn_weights=config.attn_scaled)
     layers = ["global" if window is None else "local" for window in config.windows]
@@ -389,6 +398,8 @@ def hf_views(tensors, config):
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json",
            "pytorch_model.bin", "pytorch_model.bin.index.json")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+             "special_tokens_map.json", "added_tokens.json")
 
 
 def read_tensors(folder):
@@ -428,7 +439,7 @@ def download(name):
 
     try:
         for weights in ("model*.safetensors*", "pytorch_model*"):
-            wanted = ["config.json", weights]
+            wanted = ["config.json", *TOKENIZER, weights]
             folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
             if any(folder.glob(weights)):
                 break
