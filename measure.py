@@ -4,6 +4,7 @@
     python measure.py table out/RUN ...                  the paper's tables: methods by leftover
     python measure.py figures out/RUN ... --out figures  the paper's figures, and training curves
     python measure.py sample out/RUN --prompt TEXT       what the dense and the pruned model write
+    python measure.py export out/RUN --out FOLDER        the model padded, for any loader
 
 B sequences of T tokens; h [B, T, k] is what the k neurons left in a layer put out.
 """
@@ -277,7 +278,7 @@ def dense_run(run, folder):
     return find_dense([run.path.parent], run.settings, run.metrics["data"])
 
 
-# The first command. The others, which compare runs, are in results/compare.py.
+# The first command. Those that compare runs are in results/compare.py, export in export.py there.
 
 On = namedtuple("On", "dataset data_path data_config block_size split examples generate beams "
                 "outputs")
@@ -423,6 +424,7 @@ FLAGS = dict(
         runs=RUNS, metric=Flag(MEASURES, "what to show (default: what the data asks for)"),
         format=Flag(("markdown", "csv", "latex"), "of the table", "markdown")),
     figures=dict(runs=RUNS, out=Flag(str, "the folder to draw into", "figures")),
+    export=dict(runs=RUNS, out=Flag(str, "the new folder to write", "exported")),
     sample=dict(
         runs=RUNS, dense=DENSE, device=DEVICE, prompt=Flag(str, "the text to continue", ""),
         tokens=Flag(int, "how many to write at most", 120, None, AT_LEAST_0)))
@@ -463,9 +465,9 @@ def call(command, args, parser):
 
 
 def read_flags():
-    from results import compare
+    from results import compare, export
 
-    commands = evaluate, compare.table, compare.figures, compare.sample
+    commands = evaluate, compare.table, compare.figures, compare.sample, export.export
     return command_line(commands, FLAGS, __doc__)
 
 

@@ -37,9 +37,10 @@ from tqdm import tqdm
 import data
 import measure
 from measure import ABOVE_0, AT_LEAST_0, SHARE, Flag, flag_of
-from model import GPT, TINY, GPTConfig, whole
+from model import GPT, TINY, GPTConfig, download, whole
 from prune import METHODS, HeadLoss, Pruner, defaults_of, lr_factor, shrink, v_at
 from results.compare import compare, report
+from results.export import write_card, write_tokenizer
 
 # Launched by torchrun, several train in step, each on its share of a batch; 0 alone writes.
 PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -199,8 +200,8 @@ def check_finite(progress, args):
                                  f"{kept}; try less than --lr {args.lr:g}")
 
 
-# A run's folder holds settings.json, log.jsonl and checkpoint.pt; at its end config.json,
-# model.safetensors and metrics.json, which is written last and so says that the run is finished.
+# A run's folder holds settings.json, log.jsonl and checkpoint.pt; at its end the model, tokenizer and
+# card (README.md), and metrics.json, which is written last and so says that the run is finished.
 # Then settings.json and checkpoint.pt go.
 
 
@@ -321,6 +322,13 @@ def dense_for(args, flags):
     return folder, dense
 
 
+def command_of(flags):
+    """The command whose flags `parse` has made `flags`, but for --resume."""
+    given = [word for name, value in vars(flags).items() if value is not None and name != "resume"
+             for word in (flag_of(name), str(value))[: 1 if value is True else 2]]
+    return shlex.join(["python", "train.py", *given])
+
+
 def load_model(name, args):
     """The model in a folder or of the Hub, or a new `tiny`, drawn from the seed."""
     if name != "tiny":
@@ -341,10 +349,8 @@ def run(flags, implied=False):
     if state == "finished":
         return finished(out)
     if args.distill and not (args.teacher or has_dense or tiny):
-        given = [word for name, value in vars(dense_flags).items() if value is not None
-                 for word in (flag_of(name), str(value))[: 1 if value is True else 2]]
         raise ValueError("--distill found no teacher: name one with --teacher, or first make it: "
-                         f"python train.py {shlex.join(given)}")
+                         f"{command_of(dense_flags)}")
 
     # What can be wrong with the model, the data and the teacher is found here.
     source = dense if tiny and args.method != "none" else args.model
@@ -422,14 +428,19 @@ def run(flags, implied=False):
 
         def finish():
             shrink(model).save_pretrained(out)
+            hub = None if tiny or os.path.isdir(args.model) else args.model
+            theirs = None if tiny else download(hub) if hub else args.model
+            write_tokenizer(out, theirs, vocab_size, n_positions)
             gpu = args.device != "cpu" and torch.cuda.get_device_name(args.device)
-            metrics = dict(settings=settings_of(args), data=about, log=done.log, steps=steps,
-                           block_size=block_size, processes=PROCESSES, seconds=done.seconds,
-                           tokens=done.tokens, tokens_per_second=done.tokens / done.seconds,
+            metrics = dict(settings=settings_of(args), command=command_of(flags), base_model=hub,
+                           data=about, log=done.log, steps=steps, block_size=block_size,
+                           processes=PROCESSES, seconds=done.seconds, tokens=done.tokens,
+                           tokens_per_second=done.tokens / done.seconds,
                            versions=dict(python=platform.python_version(), torch=torch.__version__),
                            machine=gpu or platform.machine())
             models = load_model(source, args).eval(), load_model(out, args).eval()
             metrics |= compare(*models, val_data, args, autocast_of(args))
+            write_card(out, metrics)
             measure.write_json(out / "metrics.json", metrics)
 
         told_by_first(finish)

@@ -3,9 +3,25 @@ lies beside such a model's weights: transformers runs it if given trust_remote_c
 
 import warnings
 
+from torch import addmm
 from transformers import GPT2LMHeadModel, GPTNeoForCausalLM
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoMLP
+from transformers.pytorch_utils import Conv1D
+
+
+class Project(Conv1D):
+    """A Conv1D that can read 0 neurons, too."""
+
+    def forward(self, x):
+        y = addmm(self.bias, x.flatten(0, -2), self.weight)  # [tokens, m] -> [tokens, d]
+        return y.unflatten(0, x.shape[:-1])
+
+
+class PrunedGPT2MLP(GPT2MLP):
+    def __init__(self, width, config):
+        super().__init__(width, config)
+        self.c_proj = Project(config.n_embd, width)
 
 
 def narrow(model, mlp):
@@ -20,7 +36,7 @@ def narrow(model, mlp):
 class PrunedGPT2LMHeadModel(GPT2LMHeadModel):
     def __init__(self, config):
         super().__init__(config)
-        narrow(self, GPT2MLP)
+        narrow(self, PrunedGPT2MLP)
 
 
 class PrunedGPTNeoForCausalLM(GPTNeoForCausalLM):

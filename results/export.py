@@ -1,0 +1,200 @@
+"""What makes a run's folder a whole model of Hugging Face's, besides the model: its tokenizer and
+its card; and `python measure.py export`, for loaders that run no code of ours."""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import data
+from measure import read_model
+from model import GPT, TOKENIZER, read_config, whole
+from prune import METHODS
+
+END = "<|endoftext|>"
+
+
+def letters():
+    """GPT-2's letter for each byte, so that JSON can hold tokens that are no text."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + n) for n, byte in enumerate(others)}
+
+
+def halves(token, ranks):
+    """The two tokens that were joined to make `token` (bytes), by the `ranks` of all."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        i = min(range(len(parts) - 1),
+                key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def tokenizer_json(vocab_size):
+    """What tokenizer.json says of the tokenizer that `data.tokenizer` gives, or raises."""
+    eot, ranks = data.tokenizer(vocab_size).eot, {bytes([byte]): byte for byte in range(256)}
+    if vocab_size == 50257:
+        import tiktoken
+
+        ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks  # of each token's bytes, its id
+    letter = letters()
+
+    def text(token):
+        return "".join(map(letter.get, token))
+
+    longer = (token for token in sorted(ranks, key=ranks.get) if len(token) > 1)
+    merges = [" ".join(map(text, halves(token, ranks))) for token in longer]
+    bytewise = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True,
+                    use_regex=vocab_size == 50257)  # False: nothing is split into words
+    end = dict(id=eot, content=END, single_word=False, lstrip=False, rstrip=False,
+               normalized=False, special=True)
+    model = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
+                 end_of_word_suffix=None, fuse_unk=False, byte_fallback=False,
+                 vocab={text(token): i for token, i in ranks.items()} | {END: eot}, merges=merges)
+    return dict(version="1.0", truncation=None, padding=None, added_tokens=[end], normalizer=None,
+                pre_tokenizer=bytewise, post_processor=None, decoder=bytewise, model=model)
+
+
+def write_tokenizer(folder, source, vocab_size, n_positions):
+    """Write the tokenizer's files into `folder`: those of the model in the folder `source`, or, if
+    that is None or has none, what `data.tokenizer` was trained with."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {name for name in TOKENIZER if source and Path(source, name).is_file()}
+    if "tokenizer.json" in found or {"vocab.json", "merges.txt"} <= found:
+        for name in found:
+            with whole(folder / name) as file:
+                shutil.copyfile(Path(source, name), file)
+        return
+    settings = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=END, eos_token=END,
+                    pad_token=END, model_max_length=n_positions,
+                    clean_up_tokenization_spaces=False)
+    for name, content in (("tokenizer.json", tokenizer_json(vocab_size)),
+                          ("tokenizer_config.json", settings)):
+        with whole(folder / name) as file:
+            file.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+CARD = """---
+{about}
+---
+
+# {name}
+
+{what}
+
+| | {before} | {after} | ratio |
+| --- | ---: | ---: | ---: |
+{numbers}
+
+Loss is the mean over the tokens of all validation data, perplexity its exp; the speed was measured
+on {machine}.
+
+| layer | neurons before | after | left |
+| ---: | ---: | ---: | ---: |
+{layers}
+
+Data: {data}.
+
+{made}
+
+## Loading
+
+```python
+name = {path}  # or its name on the Hub
+
+from model import GPT  # model.py of the program that made it
+
+model = GPT.from_pretrained(name)
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+model = AutoModelForCausalLM.from_pretrained(name{trust})
+tokenizer = AutoTokenizer.from_pretrained(name)
+
+write = pipeline("text-generation", model=name{trust})
+print(write("The", max_new_tokens=20)[0]["generated_text"])
+```
+
+To the Hub: `hf upload {name} {folder}`
+"""
+
+
+def write_card(folder, metrics):
+    """Write the model card README.md of the run whose metrics.json holds `metrics`, with what the
+    Hub reads of it: the numbers as in the table at a run's end."""
+    from huggingface_hub import EvalResult, ModelCardData  # comes with `datasets`
+
+    folder, settings, start, result = Path(folder), *map(metrics.get,
+                                                         ("settings", "start", "result"))
+    config, method, dataset = read_config(folder), settings["method"], settings["dataset"]
+    hub, base = data.DATASETS[dataset].get("hub"), metrics.get("base_model")
+    pruned = method != "none"
+    of_data = dict(task_type="text-generation", dataset_type=hub or dataset, dataset_name=dataset,
+                   dataset_config=settings["data_config"], dataset_split="validation")
+    about = ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation", base_model=base,
+        tags=["pruning", "structured-pruning", method] * pruned + [config.model_type],
+        datasets=[hub] if hub else None, model_name=folder.absolute().name, eval_results=[
+            EvalResult(metric_type=kind, metric_value=result[key], **of_data)
+            for kind, key in (("loss", "val_loss"), ("perplexity", "val_perplexity"))])
+
+    full, left, name = start["widths"], result["widths"], METHODS[method].name
+    family = "GPT-2" if config.model_type == "gpt2" else "GPT-Neo"
+    tiny, origin = settings["model"] == "tiny", base or Path(settings["model"]).name
+    made = f"trained on {dataset}, {'with' if settings['distill'] else 'without'} distillation"
+    if pruned:
+        origin = "a dense model of the same data" if tiny else origin
+        what = (f"A {family} whose MLP neurons were pruned by {name} ({METHODS[method].about}) "
+                f"while it was {made}, starting from {origin}. {metrics['leftover']:.2%} of its "
+                f"{sum(full):,} neurons are left ({metrics['leftover_wanted']:.2%} wanted).")
+    else:
+        origin = "scratch" if tiny else origin
+        what = (f"A {family} {made}, starting from {origin}. None of its {sum(full):,} MLP neurons "
+                "was pruned.")
+    if list(config.mlp_widths) != left:
+        what += (f" Here every layer is filled up with zero neurons to {config.mlp_widths[0]}: the "
+                 "same function, larger; the numbers below are those without them.")
+
+    rows = [(title, start[key], result[key], form) for title, key, form in (
+        ("parameters", "parameters", ",.0f"), ("validation loss (nats)", "val_loss", ".4f"),
+        ("validation perplexity", "val_perplexity", ".3f"),
+        ("tokens/s (prefill)", "prefill_tokens_per_second", ",.0f"))]
+    versions = ", ".join(" ".join(pair) for pair in metrics["versions"].items())
+    made = (f"{metrics['steps']:,} steps in {metrics['seconds']:.0f} s, seed {settings['seed']}, "
+            f"{metrics['processes']} process(es), {metrics['machine']}, {versions}.")
+    if metrics.get("command"):
+        made += f" The command:\n\n```sh\n{metrics['command']}\n```"
+    card = CARD.format(
+        about=about.to_yaml(), name=folder.absolute().name, what=what, made=made,
+        before="dense" if pruned else "start", after=method if pruned else "end",
+        numbers="\n".join(f"| {title} | {a:{form}} | {b:{form}} | {b / a:.2f}x |"
+                          for title, a, b, form in rows),
+        machine=metrics["machine"],
+        layers="\n".join(f"| {n} | {m} | {k} | {k / max(m, 1):.2%} |"
+                         for n, (m, k) in enumerate(zip(full, left), 1)),
+        data="; ".join(f"{split}, {of['source']}, {of['tokens']:,} tokens, sha256 "
+                       f"`{of['sha256']}`" for split, of in metrics["data"].items()),
+        path=json.dumps(folder.as_posix()), folder=shlex.quote(folder.as_posix()),
+        trust=", trust_remote_code=True" * (len(set(config.mlp_widths)) > 1))
+    with whole(folder / "README.md") as file:
+        file.write_text(card, encoding="utf-8")
+
+
+def export(args):
+    """Write the model of one RUN with every layer padded with zero neurons to the widest, for
+    loaders without remote code, with its tokenizer and card."""
+    out = Path(args.out)
+    if len(args.runs) > 1:
+        raise ValueError(f"export takes one RUN, not {len(args.runs)}: each needs its own --out")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty: name another folder with --out")
+    run = read_model(args.runs[0])
+    model = GPT.from_pretrained(run.path)
+    write_tokenizer(out, run.path, model.config.vocab_size, model.config.n_positions)
+    model.save_pretrained(out, pad=True)
+    if run.metrics:
+        write_card(out, run.metrics)
+    print(f"the padded model is in {out}")
