@@ -19,7 +19,7 @@ import zlib
 from collections import namedtuple
 from contextlib import nullcontext, suppress
 from functools import cache
-from itertools import islice, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -46,12 +46,12 @@ MEASURES = {  # a value in measure.json: its name in tables and figures
 load = cache(lambda *args: data.load(*args))  # runs share their data
 
 
-def batches(model, examples, tokens=2048, first=None):
+def batches(about, model, examples, tokens=2048, first=None, most=None):
     """Batches of a split or its `first` sequences, on the model's device: neighbours in length, at
-    most `tokens` tokens (or one sequence)."""
+    most `tokens` tokens (or one sequence), `most` of them in all. `about`: for their bar."""
     order = [i for i in examples.by_length() if not first or i < first]
     rows, device = max(1, tokens // examples.block_size), model.wte.weight.device
-    for start in range(0, len(order), rows):
+    for start in data.bar(about, of=range(0, len(order), rows)[:most]):
         batch = examples.batch(order[start : start + rows])
         if device.type == "cuda":
             batch = [tensor.pin_memory().to(device, non_blocking=True) for tensor in batch]
@@ -64,7 +64,7 @@ def mean_loss(model, examples, autocast, most=None):
     tokens. Its exp() is the perplexity."""
     model.eval()
     total = count = torch.zeros((), dtype=torch.float64, device=model.wte.weight.device)
-    for idx, targets, _ in islice(batches(model, examples), most):
+    for idx, targets, _ in batches("evaluating", model, examples, most=most):
         with autocast:
             loss = model(idx, targets)[1]
         asked = (targets != -100).sum()
@@ -80,7 +80,7 @@ def exact_matches(model, examples):
     it: the first is picked, so the same text is read, so the second is picked.
     """
     matches = []
-    for idx, targets, _ in batches(model, examples):
+    for idx, targets, _ in batches("exact match", model, examples):
         said = model(idx)[0].argmax(-1)  # [B, T, V] -> [B, T]
         matches += ((said == targets) | (targets == -100)).all(1).tolist()
     return matches
@@ -129,7 +129,7 @@ def activation_statistics(model, examples, tokens=2048, first=None):
     Cs = [model.wte.weight.new_zeros(k, k, dtype=torch.float64) for k in model.config.mlp_widths]
     for block in model.h:
         block.mlp.record = hs.append
-    for idx, targets, real in batches(model, examples, tokens, first):
+    for idx, targets, real in batches("sensitivity", model, examples, tokens, first):
         logits = model(idx)[0].flatten(0, 1)  # [B T, V]
         losses = F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
         means = losses.sum(1) / (targets != -100).sum(1)  # [B]
@@ -167,7 +167,8 @@ def redundancy(Cs, tokens=math.inf, threshold=0.8, bins=10):
     `counts`: a layer's neurons by the largest |cos| to another, in `bins` from 0 to 1 (Figure 3).
     """
     duplicates, shares, counts = 0, [], [[0] * bins for _ in Cs]
-    for layer, C in enumerate(Cs):  # one at a time: each takes a few times the memory of C
+    # One layer at a time: each takes a few times the memory of its C.
+    for layer, C in enumerate(data.bar("uniqueness", unit="layer", of=Cs)):
         if len(C):
             cos = similarity(C)
             duplicates += int((cos.triu(1) >= threshold).any(1).sum())
@@ -216,6 +217,22 @@ def log_state(content):
     return [len(content), zlib.crc32(content)]
 
 
+def model_state(model):
+    """By which a model is known: a checksum of its configuration and its weights."""
+    crc = zlib.crc32(repr(model.config).encode())
+    for parameter in model.parameters():
+        crc = zlib.crc32(parameter.detach().float().cpu().numpy(), crc)
+    return crc
+
+
+def load_model(folder):
+    """`GPT.from_pretrained`; of a finished run, ValueError if it is not what that has made."""
+    model, known = GPT.from_pretrained(folder), read_json(Path(folder, "metrics.json"), "settings")
+    if known and known["model"] != model_state(model):
+        raise ValueError(f"the model in {folder} is damaged, or not the one of its metrics.json")
+    return model
+
+
 def read_run(folder):
     """What a run's folder holds: `path`, `state` ("finished", "interrupted" or "new"), `settings`,
     `metrics` and `measures`, {} where it has none. Raises ValueError if a file is damaged."""
@@ -246,10 +263,12 @@ def hashes(about):
 
 def check_data(about, known, folder, way_out):
     """ValueError if the data of the run in `folder`, as `known` there, are others than `about`."""
-    if hashes(known) != hashes(about):
-        there, here = (of["validation"]["source"] for of in (known, about))
-        raise ValueError(f"{folder} was made with other data, from {there}, than these, from {here}"
-                         f": {way_out}")
+    for split, of in about.items():
+        if known[split]["sha256"] != of["sha256"]:
+            there, here = (f"{one['source']}, sha256 {one['sha256'][:8]}" for one in
+                           (known[split], of))
+            raise ValueError(f"{folder} was made with other data: its {split} split is from {there}"
+                             f", not from {here}: {way_out}")
 
 
 def find_dense(folders, settings, about=None):
@@ -287,7 +306,7 @@ On = namedtuple("On", "dataset data_path data_config block_size split examples g
 def measure(path, device, on):
     """A model's values by name, `counts` of `redundancy`, widths, texts it wrote with their
     references, and what is known about the data, measured as the flags `on` say."""
-    model = GPT.from_pretrained(path).to(device)
+    model = load_model(path).to(device)
     longest, texts = model.config.n_positions, ()
     block_size = on.block_size or longest
     if block_size > longest:
@@ -396,8 +415,10 @@ def parse(parser, groups, words):
         if flag.within and value is not None and not RANGES[flag.within](value):
             parser.error(f"{flag_of(name)} {value} is out of range: it must be {flag.within}")
     device = getattr(args, "device", None) or "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?" if torch.cuda.is_available() else "cpu", device):
-        parser.error(f"--device {device}: it is cuda or cpu, and without CUDA --device cpu")
+    allowed = r"cpu|cuda(:\d+)?" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(allowed, device):
+        names = "cpu, cuda, cuda:N" if "|" in allowed else "cpu, for there is no CUDA"
+        parser.error(f"--device {device}: allowed here is {names}")
     return args
 
 

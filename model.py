@@ -418,6 +418,18 @@ def read_tensors(folder):
         raise ValueError(f"{file} is damaged, cut off or no weights file: {reason}") from error
 
 
+def snapshot(name, **which):
+    """The folder in Hugging Face's cache with the files of a repository on the Hub."""
+    from huggingface_hub import errors, snapshot_download  # comes with `datasets`
+
+    try:
+        return Path(snapshot_download(name, **which))
+    except errors.RepositoryNotFoundError:
+        raise
+    except Exception:  # a Hub that breaks off is like none at all: what is in the cache will do
+        return Path(snapshot_download(name, local_files_only=True, **which))
+
+
 def download(name):
     """The folder in Hugging Face's cache with the model `name` of the Hub, fetched if need be."""
     missing = f"no model {name!r}: there is no such folder, and "
@@ -428,8 +440,7 @@ def download(name):
 
     try:
         for weights in ("model*.safetensors*", "pytorch_model*"):
-            wanted = ["config.json", weights]
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+            folder = snapshot(name, allow_patterns=["config.json", weights])
             if any(folder.glob(weights)):
                 break
         return folder

@@ -284,9 +284,10 @@ def test_runs_of_every_method_are_measured_tabled_and_drawn(kind, capsys):
     measure.measure.cache_clear()
     evaluate("out/gum")
     assert Path("out/gum/measure.json").read_bytes() == first
-    files = "config.json log.jsonl measure.json metrics.json model.safetensors"
+    files = "config.json log.jsonl measure.json metrics.json model.safetensors training.png"
     assert sorted(os.listdir("out/gum")) == files.split()
     assert "| GUM |" in table_of(capsys, *folders) and len(drawn_by(folders)) == 5
+    assert capsys.readouterr().out.count("figures/") == 5
     for _ in range(2):
         main("sample", "out/gum", "--prompt", "def f(x):", "--tokens", 20, "--device", "cpu")
     lines = capsys.readouterr().out.splitlines()
@@ -489,7 +490,7 @@ def test_every_method_has_its_own_look_also_a_new_one(fakes, monkeypatch, capsys
 
 @pytest.mark.parametrize("words,says", [
     ("sample small --prompt x --dense unfinished", "unfinished finished --resume"), ("", "RUN"),
-    ("small --dataset stdlib --device foo", "--device foo cuda"), ("sample small", "--prompt"),
+    ("small --dataset stdlib --device foo", "--device foo cpu"), ("sample small", "--prompt"),
     ("small --dataset stdlib --examples -1", "--examples least"), ("small", "small --dataset"),
     ("small --dataset stdlib --outputs", "--outputs stdlib"), ("figures fake", "measure.py fake"),
     ("small --dataset e2e --data-path nothing", "nothing"), ("table small", "small metrics.json"),
