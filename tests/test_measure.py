@@ -21,7 +21,7 @@ import measure
 import prune
 import train
 from model import GPT, GPTConfig
-from results import compare
+from results import compare, texts
 
 KINDS = {"gpt2": {}, "gpt_neo": dict(model_type="gpt_neo", qkv_bias=False, attn_scaled=False,
                                      windows=(None, 8))}
@@ -208,7 +208,7 @@ def test_rouge_and_bleu_equal_the_libraries_with_several_references():
     references = [["the cat sat on the mat", "a cat is on the mat today"],
                   ["dogs bark loudly at night", "at night dogs bark", "dogs at night are loud"],
                   ["one reference only here it is"]]
-    values = measure.text_scores(written, references)
+    values = texts.text_scores(written, references)
     for name in ("rouge1", "rouge2", "rougeL"):
         score = rouge_scorer.RougeScorer([name]).score
         best = [max(score(reference, text)[name].fmeasure for reference in group)
@@ -222,13 +222,16 @@ def test_rouge_and_bleu_equal_the_libraries_with_several_references():
 def test_texts_are_written_once_per_distinct_prompt_and_have_all_its_references(beams):
     model, examples = tiny(), examples_of([("p\n", "one"), ("q\n", "two"), ("p\n", "three"),
                                            ("long prompt\n", "four")])
-    written, references = measure.write_texts(model, examples, beams=beams)
+    written, references = texts.write_texts(model, examples, beams=beams)
     assert references == [["one", "three"], ["two"], ["four"]]
-    alone = [model.generate([examples.prompts[i]], 6, temperature=0, eot=256, beams=beams,
-                            length_penalty=0.9, no_repeat_ngram=4 * (beams > 1))[0]
-             for i in (0, 1, 3)]
+    prompts = [examples.prompts[i] for i in (0, 1, 3)]
+    if beams == 1:
+        alone = [model.generate([prompt], 6, temperature=0, eot=256)[0] for prompt in prompts]
+    else:
+        alone = [texts.beam_search(model, [prompt], 6, beams, length_penalty=0.9,
+                                   no_repeat_ngram=4, eot=256)[0] for prompt in prompts]
     assert written == [" ".join(data.tokenizer(257).decode(ids).split()) for ids in alone]
-    two = measure.write_texts(model, examples, prompts=2, beams=beams)
+    two = texts.write_texts(model, examples, prompts=2, beams=beams)
     assert two == (written[:2], references[:2])
 
 
@@ -325,7 +328,7 @@ def test_texts_are_scored_and_read_back_as_e2e_metrics_reads_them(dataset, colum
     values = evaluate("run", "--outputs")["values"]
     assert Path("run/references.txt").read_text() == "\n".join(references)
     outputs = Path("run/outputs.txt").read_text().split("\n")[:-1]
-    scores = measure.text_scores(outputs, [group.splitlines() for group in references])
+    scores = texts.text_scores(outputs, [group.splitlines() for group in references])
     assert scores.items() <= values.items() and "exact_match" not in values
     evaluate("run", "--outputs", "--generate", 1)
     assert Path("run/references.txt").read_text() == references[0]
