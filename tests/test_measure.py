@@ -6,6 +6,7 @@ import json
 import os
 import re
 import statistics
+import subprocess
 import sys
 from contextlib import nullcontext
 from functools import cache
@@ -536,3 +537,20 @@ def test_help_is_no_mistake(words, usage, says, capsys):
     assert pytest.raises(SystemExit, main, *words.split()).value.code == 0
     out = capsys.readouterr().out
     assert out.startswith(f"usage: measure.py {usage} [-h]") and says in out
+
+
+LOOK = """import sys
+from pathlib import Path
+from results import early
+
+sys.argv = ["measure.py", "table", "run"]
+early.look("measure.py", "read_flags")
+ours = {"results", *(file.stem for file in Path().glob("*.py"))}
+print([name for name in sys.modules if name.split(".")[0] in ours])
+"""
+
+
+def test_what_was_imported_with_a_stand_in_for_torch_is_imported_anew():
+    done = subprocess.run([sys.executable, "-c", LOOK], cwd=Path(measure.__file__).parent,
+                          text=True, stdout=subprocess.PIPE, check=True)
+    assert done.stdout == "['results.early']\n"
