@@ -19,7 +19,6 @@ import zlib
 from collections import namedtuple
 from contextlib import nullcontext, suppress
 from functools import cache
-from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -36,6 +35,7 @@ import torch.nn.functional as F
 import data
 from model import GPT, whole
 from prune import similarity
+from results.texts import text_scores, write_texts
 
 MEASURES = {  # a value in measure.json: its name in tables and figures
     "loss": "validation loss (nats/token)", "perplexity": "perplexity",
@@ -84,36 +84,6 @@ def exact_matches(model, examples):
         said = model(idx)[0].argmax(-1)  # [B, T, V] -> [B, T]
         matches += ((said == targets) | (targets == -100)).all(1).tolist()
     return matches
-
-
-def write_texts(model, examples, prompts=0, beams=1):
-    """What the model writes, a line each, to the first `prompts` distinct prompts (0: all), and
-    their references. Greedily or by beam search, at most as long as the longest target."""
-    def line(text):
-        return " ".join(text.split())
-
-    tokenizer, longest = data.tokenizer(model.config.vocab_size), max(map(len, examples.targets))
-    chosen, rows, written = examples.distinct()[: prompts or None], max(1, 64 // beams), {}
-    order = sorted(chosen, key=lambda i: len(examples.prompts[i]))
-    for start in range(0, len(order), rows):
-        indices = order[start : start + rows]
-        new = model.generate([examples.prompts[i] for i in indices], longest, temperature=0,
-                             beams=beams, eot=tokenizer.eot, length_penalty=0.9,  # usual for E2E,
-                             no_repeat_ngram=4 if beams > 1 else 0)  # as is this
-        written |= {i: line(tokenizer.decode(ids)) for i, ids in zip(indices, new)}
-    return [written[i] for i in chosen], [[*map(line, examples.references[i])] for i in chosen]
-
-
-def text_scores(written, references):
-    """BLEU of the corpus (sacrebleu, 0 to 100) and mean ROUGE F-measures to the best reference."""
-    from rouge_score.rouge_scorer import RougeScorer
-    from sacrebleu import corpus_bleu
-
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
-    scores = [scorer.score_multi(texts, text) for text, texts in zip(written, references)]
-    values = {name: fmean(score[name].fmeasure for score in scores) for name in scorer.rouge_types}
-    # sacrebleu wants all first references, then all second ones, ...; None where there is none.
-    return values | {"bleu": corpus_bleu(written, [*zip_longest(*references)]).score}
 
 
 def activation_statistics(model, examples, tokens=2048, first=None):

@@ -8,7 +8,8 @@ from unittest.mock import MagicMock
 
 LATER = ("torch", "torch.nn", "torch.nn.functional", "torch.nn.parallel", "torch.nn.utils.rnn",
          "torch.utils.checkpoint", "torch.distributed", "safetensors.torch")
-OURS = "data", "measure", "model", "prune", "train", "results", "results.compare"
+OURS = ("data", "measure", "model", "prune", "train", "results", "results.compare",
+        "results.texts")
 
 
 def look(file, function):
