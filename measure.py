@@ -8,13 +8,9 @@
 B sequences of T tokens; h [B, T, k] is what the k neurons left in a layer put out.
 """
 
-import argparse
 import json
 import math
 import os
-import re
-import signal
-import sys
 import zlib
 from collections import namedtuple
 from contextlib import nullcontext, suppress
@@ -22,12 +18,11 @@ from functools import cache
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
-from typing import NamedTuple
 
-from results import early
+from results import cli
 
 if __name__ == "__main__":
-    early.look(__file__, "read_flags")
+    cli.look(__file__, "read_flags")
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +30,7 @@ import torch.nn.functional as F
 import data
 from model import GPT, whole
 from prune import similarity
+from results.cli import ABOVE_0, AT_LEAST_0, DEVICE, Flag
 from results.texts import text_scores, write_texts
 
 MEASURES = {  # a value in measure.json: its name in tables and figures
@@ -343,59 +339,10 @@ def evaluate(args):
             print("span uniqueness takes two tokens to each neuron of a layer: raise --examples")
 
 
-# The command line, of train.py and results/bench.py too.
-
-ABOVE_0, AT_LEAST_0, SHARE = "above 0 and finite", "at least 0", "in (0, 1]"
-RANGES = {ABOVE_0: lambda x: 0 < x < math.inf, AT_LEAST_0: lambda x: 0 <= x < math.inf,
-          SHARE: lambda x: 0 < x <= 1, "in [0, 1)": lambda x: 0 <= x < 1,
-          "from 0 to 2^31 - 1": lambda x: 0 <= x < 2**31}
-
-
-class Flag(NamedTuple):
-    kind: object  # its type, its choices, or None: a switch
-    about: str
-    default: object = None
-    tiny: object = None  # the default for the model `tiny`
-    within: str = None  # what a number must be
-
-
-def flag_of(name):
-    return "--" + name.replace("_", "-")
-
-
-def parse(parser, groups, words):
-    """The flags in `words`, None where they are not given. A mistake is `parser.error`'s."""
-    for title, flags in groups.items():
-        group = parser.add_argument_group(title)
-        for name, (kind, about, default, tiny, _) in flags.items():
-            usual = [str(default)] * (default is not None) + [f"tiny: {tiny}"] * (tiny is not None)
-            about += f" (default: {'; '.join(usual)})" * bool(usual)
-            how = dict(type=kind) if callable(kind) else dict(choices=kind)
-            if kind is None:
-                how = dict(action="store_true", default=None)
-            if name == "runs":
-                parser.add_argument(name, metavar="RUN", nargs="+", help=about)
-            else:
-                group.add_argument(flag_of(name), help=about, **how)
-    args = parser.parse_args(words)
-    for name, flag in (item for flags in groups.values() for item in flags.items()):
-        value = getattr(args, name)
-        if value == "":
-            parser.error(f"{flag_of(name)} is empty")
-        if flag.within and value is not None and not RANGES[flag.within](value):
-            parser.error(f"{flag_of(name)} {value} is out of range: it must be {flag.within}")
-    device = getattr(args, "device", None) or "cpu"
-    allowed = r"cpu|cuda(:\d+)?" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(allowed, device):
-        names = "cpu, cuda, cuda:N" if "|" in allowed else "cpu, for there is no CUDA"
-        parser.error(f"--device {device}: allowed here is {names}")
-    return args
-
+# The flags.
 
 RUNS = Flag(str, "the folders of finished runs")
 DENSE = Flag(str, "the dense model's folder (default: the dense run beside RUN, and like it)")
-DEVICE = Flag(str, "cuda or cpu (default: cuda if there is one)")
-BEST_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLAGS = dict(
     evaluate=dict(
         runs=RUNS, dense=DENSE, device=DEVICE,
@@ -419,46 +366,12 @@ FLAGS = dict(
         tokens=Flag(int, "how many to write at most", 120, None, AT_LEAST_0)))
 
 
-def command_line(commands, flags, about):
-    """Which of `commands` is named, or the first, its flags, and the parser, whose `error` tells a
-    mistake in one line."""
-    words, commands = sys.argv[1:], {command.__name__: command for command in commands}
-    named = bool(words) and words[0] in commands
-    name = words.pop(0) if named else next(iter(commands))
-    parser = argparse.ArgumentParser(f"{Path(sys.argv[0]).name} {name}", allow_abbrev=False,
-                                     description=commands[name].__doc__ if named else about,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.print_usage = lambda file: None  # so that a mistake takes one line
-    if words and not named and words[0][:1] != "-" and not os.path.exists(words[0]):
-        parser.error(f"{words[0]} is no run's folder, and none of {', '.join(commands)}")
-    args = parse(parser, {name: flags[name]}, words)
-    for flag, one in flags[name].items():
-        if getattr(args, flag) is None:
-            usual = BEST_DEVICE if flag == "device" else one.default
-            setattr(args, flag, usual if one.kind else False)
-    return commands[name], args, parser
-
-
-def call(command, args, parser):
-    """Call it. A user's mistake is one line."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        command(args)
-        print(end="", flush=True)
-    except BrokenPipeError:  # as after `| head -1`
-        os._exit(1)
-    except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
 def read_flags():
     from results import compare
 
     commands = evaluate, compare.table, compare.figures, compare.sample
-    return command_line(commands, FLAGS, __doc__)
+    return cli.command_line(commands, FLAGS, __doc__)
 
 
 if __name__ == "__main__":
-    call(*read_flags())
+    cli.call(*read_flags())

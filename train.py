@@ -24,10 +24,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
-from results import early
+from results import cli
 
 if __name__ == "__main__":
-    early.look(__file__, "parse")
+    cli.look(__file__, "parse")
 
 import torch
 import torch.distributed as dist
@@ -36,9 +36,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import measure
-from measure import ABOVE_0, AT_LEAST_0, SHARE, Flag, flag_of
 from model import GPT, TINY, GPTConfig, whole
 from prune import METHODS, HeadLoss, Pruner, defaults_of, lr_factor, shrink, v_at
+from results.cli import ABOVE_0, AT_LEAST_0, DEVICE, SHARE, Flag, flag_of
 from results.compare import compare, draw_training, report
 
 # Launched by torchrun, several train in step, each on its share of a batch; 0 alone writes.
@@ -543,7 +543,7 @@ FLAGS = {
         alpha_kd=Flag(float, "weight of the teacher's", 0.5, None, AT_LEAST_0),
         temperature=Flag(float, "of both distributions", 2.0, None, ABOVE_0)),
     "machine": dict(
-        device=measure.DEVICE,
+        device=DEVICE,
         dtype=Flag(("float32", "bfloat16"),
                    "of the matrix products (default: bfloat16 on a GPU that has it)"),
         compile=Flag(None, "torch.compile the blocks: slow to start, then faster"),
@@ -575,7 +575,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(allow_abbrev=False,
                                      description="Fine-prune the MLP neurons of GPT-2 and GPT-Neo.")
     parser.error = lambda message: fail(f"{message}; see --help")
-    args = measure.parse(parser, FLAGS, argv)
+    args = cli.parse(parser, FLAGS, argv)
     check_together(args)
     return args
 
@@ -613,7 +613,7 @@ def resolve(flags):
     usual = {name: False if one.kind is None else one.default for name, one in ALL_FLAGS.items()}
     method, model, dataset, distill = (
         (usual | given)[name] for name in ("method", "model", "dataset", "distill"))
-    device = flags.device or measure.BEST_DEVICE
+    device = flags.device or cli.best_device()
     if model == "tiny":
         usual |= {name: one.tiny for name, one in ALL_FLAGS.items() if one.tiny is not None}
     usual |= METHODS[method].defaults
@@ -650,7 +650,7 @@ def resolve(flags):
 
 def join_processes(flags):
     """Be one of the processes that torchrun launched, on a GPU of its own, or the CPU."""
-    device, gpus = flags.device or measure.BEST_DEVICE, torch.cuda.device_count()
+    device, gpus = flags.device or cli.best_device(), torch.cuda.device_count()
     if device == "cuda" and int(os.environ["LOCAL_RANK"]) < gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
     elif device != "cpu":

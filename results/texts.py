@@ -21,7 +21,7 @@ def write_texts(model, examples, prompts=0, beams=1):
     tokenizer, longest = data.tokenizer(model.config.vocab_size), max(map(len, examples.targets))
     chosen, rows, written = examples.distinct()[: prompts or None], max(1, 64 // beams), {}
     order = sorted(chosen, key=lambda i: len(examples.prompts[i]))
-    for start in range(0, len(order), rows):
+    for start in data.bar("writing", of=range(0, len(order), rows)):
         indices = order[start : start + rows]
         batch = [examples.prompts[i] for i in indices]
         if beams == 1:

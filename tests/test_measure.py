@@ -22,7 +22,7 @@ import measure
 import prune
 import train
 from model import GPT, GPTConfig
-from results import compare, texts
+from results import cli, compare, texts
 
 KINDS = {"gpt2": {}, "gpt_neo": dict(model_type="gpt_neo", qkv_bias=False, attn_scaled=False,
                                      windows=(None, 8))}
@@ -252,7 +252,7 @@ def save(folder, kind="gpt2", widths=(), scale=2.0):
 def main(*words):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(sys, "argv", ["measure.py", *map(str, words)])
-        measure.call(*measure.read_flags())
+        cli.call(*measure.read_flags())
 
 
 def evaluate(*words):
@@ -542,10 +542,10 @@ def test_help_is_no_mistake(words, usage, says, capsys):
 
 LOOK = """import sys
 from pathlib import Path
-from results import early
+from results import cli
 
 sys.argv = ["measure.py", "table", "run"]
-early.look("measure.py", "read_flags")
+cli.look("measure.py", "read_flags")
 ours = {"results", *(file.stem for file in Path().glob("*.py"))}
 print([name for name in sys.modules if name.split(".")[0] in ours])
 """
@@ -554,4 +554,4 @@ print([name for name in sys.modules if name.split(".")[0] in ours])
 def test_what_was_imported_with_a_stand_in_for_torch_is_imported_anew():
     done = subprocess.run([sys.executable, "-c", LOOK], cwd=Path(measure.__file__).parent,
                           text=True, stdout=subprocess.PIPE, check=True)
-    assert done.stdout == "['results.early']\n"
+    assert done.stdout == "['results.cli']\n"
