@@ -17,7 +17,7 @@ import re
 import sys
 import sysconfig
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -25,6 +25,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 # Each with its measure; if it is on the Hub, where, its columns there and the (prompt, target) made
 # of them. Two are scripts there, which `datasets` no longer runs: their output is on a branch.
@@ -68,7 +69,8 @@ def load(dataset, split, vocab_size, block_size, path=None, config=None):
         name = f"{dataset}-{split}-{vocab_size}-3-{about['sha256'][:16]}.bin"
         tokens = cached(cache_folder() / name, documents, tok)
         if len(tokens) < max(block_size, 2):
-            raise ValueError(f"{dataset} {split} has {len(tokens)} tokens: lower --block-size")
+            way_out = ": lower --block-size" * (len(tokens) > 1) or ", too few"
+            raise ValueError(f"{dataset} {split} has {len(tokens)} tokens{way_out}")
         blocks = Blocks(tokens, block_size, tok.eot)
         blocks.about = about | dict(documents=int((tokens == tok.eot).sum()) + 1,
                                     tokens=len(tokens))
@@ -149,7 +151,7 @@ class Examples:
         self.prompts, self.targets, self.references = [], [], []
         self.first = {}  # prompt -> the first example that has it
         references = {}  # prompt -> all its targets: one too long to train on is a right answer too
-        for prompt, target in pairs:
+        for prompt, target in bar("making tokens", unit="pair", of=pairs):
             references.setdefault(prompt, []).append(target)
             p, t = tok.encode(prompt), tok.encode(target) + [tok.eot]
             self.sizes.append(len(p) + len(t))
@@ -219,6 +221,27 @@ def micro_batches(batch, device, parts=1, process=0, processes=1, sim_tokens=Non
     return made
 
 
+class Screen:
+    """stderr for progress bars: where it is no terminal, a line each time. What can't be written
+    there stops nothing."""
+
+    def __getattr__(self, name):
+        return getattr(sys.stderr, name)
+
+    def write(self, text):
+        with suppress(OSError):
+            if sys.stderr.isatty():
+                sys.stderr.write(text)
+            elif text.strip():
+                print(text.strip(), file=sys.stderr, flush=True)
+
+
+def bar(about, total=None, unit="batch", of=None, **how):
+    """A progress bar, also around the iterable `of`, for what takes over two seconds."""
+    often = dict(mininterval=0.5 if sys.stderr.isatty() else 30, delay=2, leave=unit == "step")
+    return tqdm(of, about, total, unit=unit, file=Screen(), dynamic_ncols=True, **often | how)
+
+
 # Language modelling: documents, one stream of tokens.
 
 
@@ -271,6 +294,7 @@ def cached(file, documents, tok):
         stored = np.fromfile(file, np.uint8)
         if stored[-4:].tobytes() == zlib.crc32(stored[:-4], 1).to_bytes(4, "little"):
             return stored[:-4].view(np.uint16)
+    documents = bar("making tokens", unit="document", of=[*documents])
     ids = (i for document in documents for i in [*tok.encode(document), tok.eot])
     tokens = np.fromiter(ids, np.uint16)[:-1]  # 0.2 GB for WikiText-103
     try:
@@ -356,8 +380,8 @@ def read(dataset, split, path, config):
     import datasets  # only here: data sets that need no files do without
     import huggingface_hub
 
+    datasets.disable_progress_bars()
     for library in datasets, huggingface_hub.utils:
-        library.disable_progress_bars()
         library.logging.set_verbosity(library.logging.CRITICAL)
     hub, columns, null = map(DATASETS[dataset].get, ("hub", "columns", "null"))
     usual = DATASETS[dataset].get("config")
@@ -379,7 +403,9 @@ def read(dataset, split, path, config):
             if datasets.get_dataset_config_names(str(folder)) != ["default"]:
                 config = config or usual
             builder = datasets.load_dataset_builder(str(folder), config, cache_dir=kept)
-            files = builder.config.data_files[split]
+            files = builder.config.data_files.get(split)
+            if not files:
+                raise ValueError(f"it has only {', '.join(map(str, builder.config.data_files))}")
         rows = parsed(builder, split, files, columns)
 
     def known():
@@ -388,6 +414,8 @@ def read(dataset, split, path, config):
         for file in files:
             name = Path(os.path.relpath(file, folder)).as_posix()
             content = Path(file).read_bytes()
+            if not content:
+                raise ValueError(f"it holds no rows: {name} is empty")
             sizes[name] = len(content)
             digest.update(f"{name} {len(content)} ".encode() + content)
         return dict(files=sizes, sha256=digest.hexdigest())
@@ -430,7 +458,8 @@ def parsed(builder, split, files, columns):
             raise ValueError(f"{len(files)} files are there of {int(number)}")
     # NA in CSV is text; Parquet of no rows would make the size 0.
     vars(builder.config).update(keep_default_na=False, batch_size=10_000)
-    for file in files:  # each alone, lest its types be turned into another's, or the README's
+    # Each file alone, lest its types be turned into another's, or the README's.
+    for file in bar("reading", unit="file", of=files):
         builder.info.features, builder.config.data_files = None, {split: [file]}
         for table in builder.as_streaming_dataset(split).with_format("arrow").iter(10_000):
             table = table.flatten()  # pyarrow's
@@ -447,10 +476,13 @@ def download(dataset, config):
 
     hub, revision = map(DATASETS[dataset].get, ("hub", "revision"))
     print(f"reading {hub} from the Hub", file=sys.stderr)
+    which = dict(repo_type="dataset", revision=revision,
+                 allow_patterns=["README.md", f"{config}/*"] if config else None)
     try:
-        return Path(huggingface_hub.snapshot_download(
-            hub, repo_type="dataset", revision=revision,
-            allow_patterns=["README.md", f"{config}/*"] if config else None))
+        try:
+            return Path(huggingface_hub.snapshot_download(hub, **which))
+        except Exception:  # a Hub that breaks off is like none at all: what is kept will do
+            return Path(huggingface_hub.snapshot_download(hub, **which, local_files_only=True))
     except Exception as error:  # whatever went wrong, the way out is the same
         raise ConnectionError(f"{hub} is out of reach ({type(error).__name__}): give --data-path "
                               "DIR, a copy, or --dataset stdlib or toysql") from error

@@ -9,27 +9,21 @@
 B sequences of T tokens; h [B, T, k] is what the k neurons left in a layer put out.
 """
 
-import argparse
 import json
 import math
 import os
-import re
-import signal
-import sys
 import zlib
 from collections import namedtuple
 from contextlib import nullcontext, suppress
 from functools import cache
-from itertools import islice, zip_longest
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
-from typing import NamedTuple
 
-from results import early
+from results import cli
 
 if __name__ == "__main__":
-    early.look(__file__, "read_flags")
+    cli.look(__file__, "read_flags")
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +31,8 @@ import torch.nn.functional as F
 import data
 from model import GPT, whole
 from prune import similarity
+from results.cli import ABOVE_0, AT_LEAST_0, DEVICE, Flag
+from results.texts import text_scores, write_texts
 
 MEASURES = {  # a value in measure.json: its name in tables and figures
     "loss": "validation loss (nats/token)", "perplexity": "perplexity",
@@ -47,12 +43,12 @@ MEASURES = {  # a value in measure.json: its name in tables and figures
 load = cache(lambda *args: data.load(*args))  # runs share their data
 
 
-def batches(model, examples, tokens=2048, first=None):
+def batches(about, model, examples, tokens=2048, first=None, most=None):
     """Batches of a split or its `first` sequences, on the model's device: neighbours in length, at
-    most `tokens` tokens (or one sequence)."""
+    most `tokens` tokens (or one sequence), `most` of them in all. `about`: for their bar."""
     order = [i for i in examples.by_length() if not first or i < first]
     rows, device = max(1, tokens // examples.block_size), model.wte.weight.device
-    for start in range(0, len(order), rows):
+    for start in data.bar(about, of=range(0, len(order), rows)[:most]):
         batch = examples.batch(order[start : start + rows])
         if device.type == "cuda":
             batch = [tensor.pin_memory().to(device, non_blocking=True) for tensor in batch]
@@ -65,7 +61,7 @@ def mean_loss(model, examples, autocast, most=None):
     tokens. Its exp() is the perplexity."""
     model.eval()
     total = count = torch.zeros((), dtype=torch.float64, device=model.wte.weight.device)
-    for idx, targets, _ in islice(batches(model, examples), most):
+    for idx, targets, _ in batches("evaluating", model, examples, most=most):
         with autocast:
             loss = model(idx, targets)[1]
         asked = (targets != -100).sum()
@@ -81,40 +77,10 @@ def exact_matches(model, examples):
     it: the first is picked, so the same text is read, so the second is picked.
     """
     matches = []
-    for idx, targets, _ in batches(model, examples):
+    for idx, targets, _ in batches("exact match", model, examples):
         said = model(idx)[0].argmax(-1)  # [B, T, V] -> [B, T]
         matches += ((said == targets) | (targets == -100)).all(1).tolist()
     return matches
-
-
-def write_texts(model, examples, prompts=0, beams=1):
-    """What the model writes, a line each, to the first `prompts` distinct prompts (0: all), and
-    their references. Greedily or by beam search, at most as long as the longest target."""
-    def line(text):
-        return " ".join(text.split())
-
-    tokenizer, longest = data.tokenizer(model.config.vocab_size), max(map(len, examples.targets))
-    chosen, rows, written = examples.distinct()[: prompts or None], max(1, 64 // beams), {}
-    order = sorted(chosen, key=lambda i: len(examples.prompts[i]))
-    for start in range(0, len(order), rows):
-        indices = order[start : start + rows]
-        new = model.generate([examples.prompts[i] for i in indices], longest, temperature=0,
-                             beams=beams, eot=tokenizer.eot, length_penalty=0.9,  # usual for E2E,
-                             no_repeat_ngram=4 if beams > 1 else 0)  # as is this
-        written |= {i: line(tokenizer.decode(ids)) for i, ids in zip(indices, new)}
-    return [written[i] for i in chosen], [[*map(line, examples.references[i])] for i in chosen]
-
-
-def text_scores(written, references):
-    """BLEU of the corpus (sacrebleu, 0 to 100) and mean ROUGE F-measures to the best reference."""
-    from rouge_score.rouge_scorer import RougeScorer
-    from sacrebleu import corpus_bleu
-
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
-    scores = [scorer.score_multi(texts, text) for text, texts in zip(written, references)]
-    values = {name: fmean(score[name].fmeasure for score in scores) for name in scorer.rouge_types}
-    # sacrebleu wants all first references, then all second ones, ...; None where there is none.
-    return values | {"bleu": corpus_bleu(written, [*zip_longest(*references)]).score}
 
 
 def activation_statistics(model, examples, tokens=2048, first=None):
@@ -130,7 +96,7 @@ def activation_statistics(model, examples, tokens=2048, first=None):
     Cs = [model.wte.weight.new_zeros(k, k, dtype=torch.float64) for k in model.config.mlp_widths]
     for block in model.h:
         block.mlp.record = hs.append
-    for idx, targets, real in batches(model, examples, tokens, first):
+    for idx, targets, real in batches("sensitivity", model, examples, tokens, first):
         logits = model(idx)[0].flatten(0, 1)  # [B T, V]
         losses = F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
         means = losses.sum(1) / (targets != -100).sum(1)  # [B]
@@ -168,7 +134,8 @@ def redundancy(Cs, tokens=math.inf, threshold=0.8, bins=10):
     `counts`: a layer's neurons by the largest |cos| to another, in `bins` from 0 to 1 (Figure 3).
     """
     duplicates, shares, counts = 0, [], [[0] * bins for _ in Cs]
-    for layer, C in enumerate(Cs):  # one at a time: each takes a few times the memory of C
+    # One layer at a time: each takes a few times the memory of its C.
+    for layer, C in enumerate(data.bar("uniqueness", unit="layer", of=Cs)):
         if len(C):
             cos = similarity(C)
             duplicates += int((cos.triu(1) >= threshold).any(1).sum())
@@ -217,6 +184,22 @@ def log_state(content):
     return [len(content), zlib.crc32(content)]
 
 
+def model_state(model):
+    """By which a model is known: a checksum of its configuration and its weights."""
+    crc = zlib.crc32(repr(model.config).encode())
+    for parameter in model.parameters():
+        crc = zlib.crc32(parameter.detach().float().cpu().numpy(), crc)
+    return crc
+
+
+def load_model(folder):
+    """`GPT.from_pretrained`; of a finished run, ValueError if it is not what that has made."""
+    model, known = GPT.from_pretrained(folder), read_json(Path(folder, "metrics.json"), "settings")
+    if known and known["model"] != model_state(model):
+        raise ValueError(f"the model in {folder} is damaged, or not the one of its metrics.json")
+    return model
+
+
 def read_run(folder):
     """What a run's folder holds: `path`, `state` ("finished", "interrupted" or "new"), `settings`,
     `metrics` and `measures`, {} where it has none. Raises ValueError if a file is damaged."""
@@ -247,10 +230,12 @@ def hashes(about):
 
 def check_data(about, known, folder, way_out):
     """ValueError if the data of the run in `folder`, as `known` there, are others than `about`."""
-    if hashes(known) != hashes(about):
-        there, here = (of["validation"]["source"] for of in (known, about))
-        raise ValueError(f"{folder} was made with other data, from {there}, than these, from {here}"
-                         f": {way_out}")
+    for split, of in about.items():
+        if known[split]["sha256"] != of["sha256"]:
+            there, here = (f"{one['source']}, sha256 {one['sha256'][:8]}" for one in
+                           (known[split], of))
+            raise ValueError(f"{folder} was made with other data: its {split} split is from {there}"
+                             f", not from {here}: {way_out}")
 
 
 def find_dense(folders, settings, about=None):
@@ -288,7 +273,7 @@ On = namedtuple("On", "dataset data_path data_config block_size split examples g
 def measure(path, device, on):
     """A model's values by name, `counts` of `redundancy`, widths, texts it wrote with their
     references, and what is known about the data, measured as the flags `on` say."""
-    model = GPT.from_pretrained(path).to(device)
+    model = load_model(path).to(device)
     longest, texts = model.config.n_positions, ()
     block_size = on.block_size or longest
     if block_size > longest:
@@ -355,57 +340,10 @@ def evaluate(args):
             print("span uniqueness takes two tokens to each neuron of a layer: raise --examples")
 
 
-# The command line, of train.py and results/bench.py too.
-
-ABOVE_0, AT_LEAST_0, SHARE = "above 0 and finite", "at least 0", "in (0, 1]"
-RANGES = {ABOVE_0: lambda x: 0 < x < math.inf, AT_LEAST_0: lambda x: 0 <= x < math.inf,
-          SHARE: lambda x: 0 < x <= 1, "in [0, 1)": lambda x: 0 <= x < 1,
-          "from 0 to 2^31 - 1": lambda x: 0 <= x < 2**31}
-
-
-class Flag(NamedTuple):
-    kind: object  # its type, its choices, or None: a switch
-    about: str
-    default: object = None
-    tiny: object = None  # the default for the model `tiny`
-    within: str = None  # what a number must be
-
-
-def flag_of(name):
-    return "--" + name.replace("_", "-")
-
-
-def parse(parser, groups, words):
-    """The flags in `words`, None where they are not given. A mistake is `parser.error`'s."""
-    for title, flags in groups.items():
-        group = parser.add_argument_group(title)
-        for name, (kind, about, default, tiny, _) in flags.items():
-            usual = [str(default)] * (default is not None) + [f"tiny: {tiny}"] * (tiny is not None)
-            about += f" (default: {'; '.join(usual)})" * bool(usual)
-            how = dict(type=kind) if callable(kind) else dict(choices=kind)
-            if kind is None:
-                how = dict(action="store_true", default=None)
-            if name == "runs":
-                parser.add_argument(name, metavar="RUN", nargs="+", help=about)
-            else:
-                group.add_argument(flag_of(name), help=about, **how)
-    args = parser.parse_args(words)
-    for name, flag in (item for flags in groups.values() for item in flags.items()):
-        value = getattr(args, name)
-        if value == "":
-            parser.error(f"{flag_of(name)} is empty")
-        if flag.within and value is not None and not RANGES[flag.within](value):
-            parser.error(f"{flag_of(name)} {value} is out of range: it must be {flag.within}")
-    device = getattr(args, "device", None) or "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?" if torch.cuda.is_available() else "cpu", device):
-        parser.error(f"--device {device}: it is cuda or cpu, and without CUDA --device cpu")
-    return args
-
+# The flags.
 
 RUNS = Flag(str, "the folders of finished runs")
 DENSE = Flag(str, "the dense model's folder (default: the dense run beside RUN, and like it)")
-DEVICE = Flag(str, "cuda or cpu (default: cuda if there is one)")
-BEST_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLAGS = dict(
     evaluate=dict(
         runs=RUNS, dense=DENSE, device=DEVICE,
@@ -430,46 +368,12 @@ FLAGS = dict(
         tokens=Flag(int, "how many to write at most", 120, None, AT_LEAST_0)))
 
 
-def command_line(commands, flags, about):
-    """Which of `commands` is named, or the first, its flags, and the parser, whose `error` tells a
-    mistake in one line."""
-    words, commands = sys.argv[1:], {command.__name__: command for command in commands}
-    named = bool(words) and words[0] in commands
-    name = words.pop(0) if named else next(iter(commands))
-    parser = argparse.ArgumentParser(f"{Path(sys.argv[0]).name} {name}", allow_abbrev=False,
-                                     description=commands[name].__doc__ if named else about,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.print_usage = lambda file: None  # so that a mistake takes one line
-    if words and not named and words[0][:1] != "-" and not os.path.exists(words[0]):
-        parser.error(f"{words[0]} is no run's folder, and none of {', '.join(commands)}")
-    args = parse(parser, {name: flags[name]}, words)
-    for flag, one in flags[name].items():
-        if getattr(args, flag) is None:
-            usual = BEST_DEVICE if flag == "device" else one.default
-            setattr(args, flag, usual if one.kind else False)
-    return commands[name], args, parser
-
-
-def call(command, args, parser):
-    """Call it. A user's mistake is one line."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        command(args)
-        print(end="", flush=True)
-    except BrokenPipeError:  # as after `| head -1`
-        os._exit(1)
-    except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
 def read_flags():
     from results import compare, export
 
     commands = evaluate, compare.table, compare.figures, compare.sample, export.export
-    return command_line(commands, FLAGS, __doc__)
+    return cli.command_line(commands, FLAGS, __doc__)
 
 
 if __name__ == "__main__":
-    call(*read_flags())
+    cli.call(*read_flags())

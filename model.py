@@ -280,30 +280,42 @@ class GPT(nn.Module):
                 shutil.copymode(settings, weights)  # safetensors' own is private
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, beams=1,
-                 length_penalty=1.0, no_repeat_ngram=0, eot=None, generator=None):
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, eot=None,
+                 generator=None):
         """Continue `prompts`, lists of token ids, by up to `max_new_tokens` each; returns the new.
 
         Tokens are drawn from softmax(logits / temperature), among the `top_k` likeliest;
-        temperature 0 takes the likeliest. `beams` > 1: the highest log-probability /
-        tokens^length_penalty that beam search finds. No `no_repeat_ngram` tokens in a row (0: no
-        limit) come twice in a prompt with its continuation, which ends before the token `eot` and
-        where the context is full. Prompts share only the random numbers.
+        temperature 0 takes the likeliest. A continuation ends before the token `eot` and where the
+        context is full. Prompts share only the random numbers. Raises ValueError if one is empty or
+        longer than the context.
         """
-        most, room = self.config.n_positions, []
-        for prompt in prompts:
-            if not 0 < len(prompt) <= most:
-                raise ValueError(f"a prompt has {len(prompt)} tokens; allowed are 1 to {most}")
-            room.append(min(max_new_tokens, most - len(prompt)))
-        if beams < 1 or temperature < 0 or top_k is not None and top_k < 1:
-            raise ValueError("allowed are beams >= 1, temperature >= 0 and top_k >= 1")
-        how = temperature, top_k, generator
-        return continuations(self, prompts, room, how, beams, length_penalty, no_repeat_ngram, eot)
+        if temperature < 0 or top_k is not None and top_k < 1:
+            raise ValueError("allowed are temperature >= 0 and top_k >= 1")
+        room, live, idx, cache = prepare(self, prompts, max_new_tokens)
+        written = [[] for _ in prompts]
+        while live:
+            logits = self.next_logits(idx, cache)  # [B, V]
+            if temperature == 0:
+                idx = logits.argmax(-1, keepdim=True)  # [B, 1]
+            else:
+                probs, tokens = (logits / temperature).softmax(-1).sort(descending=True)  # [B, V]
+                if top_k is not None:
+                    probs[:, top_k:] = 0
+                idx = tokens.gather(1, probs.multinomial(1, generator=generator))  # [B, 1]
+            going = []  # rows with more to come
+            for row, (i, token) in enumerate(zip(live, idx[:, 0].tolist())):
+                if token != eot:
+                    written[i].append(token)
+                    if len(written[i]) < room[i]:
+                        going.append(row)
+            if len(going) < len(live):
+                idx, live = idx[going], [live[row] for row in going]
+                cache.select(going)
+        return written
 
     def next_logits(self, idx, cache):
         """Logits [B, V] of the token after `idx` [B, T] (-1 = left padding), new to `cache`."""
-        start = cache.start if cache.start.any() else None
-        x = self.features(idx.clamp(min=0), cache, start)[:, -1]  # [B, T] -> [B, d]
+        x = self.features(idx.clamp(min=0), cache, cache.start)[:, -1]  # [B, T] -> [B, d]
         return F.linear(x, self.wte.weight).float()  # [B, V]
 
 
@@ -429,6 +441,18 @@ def read_tensors(folder):
         raise ValueError(f"{file} is damaged, cut off or no weights file: {reason}") from error
 
 
+def snapshot(name, **which):
+    """The folder in Hugging Face's cache with the files of a repository on the Hub."""
+    from huggingface_hub import errors, snapshot_download  # comes with `datasets`
+
+    try:
+        return Path(snapshot_download(name, **which))
+    except errors.RepositoryNotFoundError:
+        raise
+    except Exception:  # a Hub that breaks off is like none at all: what is in the cache will do
+        return Path(snapshot_download(name, local_files_only=True, **which))
+
+
 def download(name):
     """The folder in Hugging Face's cache with the model `name` of the Hub, fetched if need be."""
     missing = f"no model {name!r}: there is no such folder, and "
@@ -440,7 +464,7 @@ def download(name):
     try:
         for weights in ("model*.safetensors*", "pytorch_model*"):
             wanted = ["config.json", *TOKENIZER, weights]
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+            folder = snapshot(name, allow_patterns=wanted)
             if any(folder.glob(weights)):
                 break
         return folder
@@ -458,13 +482,14 @@ class KVCache:
     """Keys and values of the tokens read so far, so that a new token costs one token's work.
 
     `kv` is [2, n_layer, B, n_head, capacity, d / n_head], keys before values. Its first `length`
-    positions are filled; the first `start` [B] of those are the row's left padding.
+    positions are filled; the first `start` [B] of those are the row's left padding (None: no row
+    has any).
     """
 
     def __init__(self, config, start, capacity, dtype):
         self.kv = torch.empty(2, config.n_layer, len(start), config.n_head, capacity,
                               config.n_embd // config.n_head, dtype=dtype, device=start.device)
-        self.start, self.length = start, 0
+        self.start, self.length = start if start.any() else None, 0
 
     def append(self, layer, k, v):
         """Store the new tokens' `k` and `v` [B, n_head, T, d / n_head]; returns those of all."""
@@ -472,92 +497,23 @@ class KVCache:
         self.kv[:, layer, :, :, self.length : end] = torch.stack([k, v])
         return self.kv[:, layer, :, :, :end]
 
-    def select(self, rows, shared=0):
-        """Let row i be what row `rows[i]` was; it is already in the first `shared` positions."""
-        if rows == list(range(len(self.start))):
-            return
-        if shared:
-            self.kv[..., shared : self.length, :] = self.kv[:, :, rows, :, shared : self.length]
-        else:
-            self.kv, self.start = self.kv[:, :, rows], self.start[rows]
+    def select(self, rows):
+        """Let row i be what row `rows[i]` was."""
+        self.kv = self.kv[:, :, rows]
+        self.start = None if self.start is None else self.start[rows]
 
 
-def continuations(model, prompts, room, how, beams, length_penalty, no_repeat_ngram, eot):
-    """The best continuation found of each of `prompts`, by up to `room` tokens.
-
-    With `beams` = 1 it is what `pick(logits, *how)` writes. Beam search keeps a prompt's `beams`
-    likeliest unfinished ones and its `beams` best finished ones, until the likeliest of the former,
-    were it to end now, would not be among the latter.
-    """
-    finished = [[(-torch.inf, [])] * beams for _ in prompts]  # (score, tokens), best first
-    live = [i for i in range(len(prompts)) if room[i] > 0]  # not done
-    if not live:
-        return [[] for _ in prompts]
-    T, wte = max(len(prompts[i]) for i in live), model.wte.weight
+def prepare(model, prompts, max_new_tokens):
+    """What writing begins with: how many tokens may follow each of `prompts`; the indices of those
+    that any may; their tokens [B, T], -1 left of shorter ones; their cache. Raises ValueError."""
+    most, wte = model.config.n_positions, model.wte.weight
+    for prompt in prompts:
+        if not 0 < len(prompt) <= most:
+            raise ValueError(f"a prompt has {len(prompt)} tokens; allowed are 1 to {most}")
+    room = [max(0, min(max_new_tokens, most - len(prompt))) for prompt in prompts]
+    live = [i for i, left in enumerate(room) if left]
+    T = max((len(prompts[i]) for i in live), default=0)
     padded = [[-1] * (T - len(prompts[i])) + list(prompts[i]) for i in live]
-    idx = torch.tensor(padded, device=wte.device)  # [prompts, T]
-    cache = KVCache(model.config, (idx < 0).sum(1), T + max(room), wte.dtype)
-    logits = model.next_logits(idx, cache)  # [prompts, V]
-    # From here on B = prompts * beams, those of a prompt side by side. They start out the same:
-    # only the first may be continued.
-    rows = [p for p in range(len(live)) for _ in range(beams)]
-    idx, logits = idx[rows], logits[rows]  # [B, T] [B, V]
-    cache.select(rows)
-    scores = logits.new_tensor(([0] + [-torch.inf] * (beams - 1)) * len(live))  # [B]
-    for n in range(1, max(room) + 1):  # the n-th new token
-        if beams == 1:
-            at = pick(ban_repeats(logits, idx, no_repeat_ngram), *how)[:, None]  # [prompts, 1]
-            best = torch.zeros_like(at)  # the only candidate needs no score
-        else:
-            log_probs = ban_repeats(logits.log_softmax(-1), idx, no_repeat_ngram)  # [B, V]
-            totals = (scores[:, None] + log_probs).view(len(live), -1)  # [prompts, beams * V]
-            best, at = totals.topk(2 * beams)  # [prompts, 2 * beams]: at most one of a beam ends
-        going, chosen = [], []
-        for p, (i, *candidates) in enumerate(zip(live, best.tolist(), at.tolist())):
-            unfinished = []
-            for rank, (score, where) in enumerate(zip(*candidates)):
-                row, token = p * beams + where // len(wte), where % len(wte)
-                if token != eot and n < room[i]:
-                    unfinished.append((score, row, token))
-                elif rank < beams:
-                    tokens = idx[row, T:].tolist() + [token] * (token != eot)
-                    finished[i].append((score / n**length_penalty, tokens))
-            finished[i] = sorted(finished[i], key=lambda pair: -pair[0])[:beams]
-            if unfinished and unfinished[0][0] / n**length_penalty > finished[i][-1][0]:
-                going.append(i)
-                chosen += unfinished[:beams]
-        if not going:
-            break
-        scores, rows, new = map(list, zip(*chosen))
-        scores, new = logits.new_tensor(scores), idx.new_tensor(new)[:, None]  # [B] [B, 1]
-        idx = torch.cat([idx[rows], new], dim=1)
-        # Unless prompts leave, rows change places within their prompt: that part stays.
-        cache.select(rows, shared=T if going == live else 0)
-        live, logits = going, model.next_logits(new, cache)
-    return [of_prompt[0][1] for of_prompt in finished]
-
-
-def pick(logits, temperature, top_k, generator):
-    """The next token of each row [B], drawn from `logits` [B, V] as `GPT.generate` says."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    probs, tokens = (logits / temperature).softmax(-1).sort(descending=True)  # [B, V] each
-    if top_k is not None:
-        probs[:, top_k:] = 0
-    return tokens.gather(1, probs.multinomial(1, generator=generator))[:, 0]
-
-
-def ban_repeats(scores, idx, n):
-    """`scores` [B, V], but -inf for tokens that would complete an n-gram which `idx` [B, T] has.
-
-    -1 in `idx` is padding. Where all tokens would, none is banned: something has to come.
-    """
-    if not 0 < n <= idx.size(1):
-        return scores
-    ngrams = idx.unfold(1, n, 1)  # [B, T - n + 1, n]
-    begin, end = ngrams[:, :, :-1], ngrams[:, :, -1]
-    now = idx[:, None, idx.size(1) - n + 1 :]  # [B, 1, n - 1], what the next token would complete
-    again = (begin == now).all(-1) & (end >= 0)  # [B, T - n + 1]
-    banned = torch.zeros_like(scores, dtype=torch.bool)
-    banned[again.nonzero()[:, 0], end[again]] = True
-    return scores.masked_fill(banned & ~banned.all(-1, keepdim=True), -torch.inf)
+    idx = torch.tensor(padded, device=wte.device).view(len(live), T)  # [B, T]
+    cache = KVCache(model.config, (idx < 0).sum(1), T + max(room, default=0), wte.dtype)
+    return room, live, idx, cache

@@ -20,26 +20,26 @@ import zlib
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
-from results import early
+from results import cli
 
 if __name__ == "__main__":
-    early.look(__file__, "parse")
+    cli.look(__file__, "parse")
 
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import data
 import measure
-from measure import ABOVE_0, AT_LEAST_0, SHARE, Flag, flag_of
 from model import GPT, TINY, GPTConfig, download, whole
 from prune import METHODS, HeadLoss, Pruner, defaults_of, lr_factor, shrink, v_at
-from results.compare import compare, report
+from results.cli import ABOVE_0, AT_LEAST_0, DEVICE, SHARE, Flag, flag_of
+from results.compare import compare, draw_training, report
 from results.export import write_card, write_tokenizer
 
 # Launched by torchrun, several train in step, each on its share of a batch; 0 alone writes.
@@ -110,14 +110,19 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
     when the loss is no number.
     """
     folder, eval_every = Path(args.out), args.eval_every or max(steps // 5, 1)
+    # A token takes about a third of its training to evaluate: so that all takes at most a tenth.
+    share = eval_every * tokens_of(train_data, args.batch_size) // 5
+    eval_batches = min(max(share // 2048, 1), 64)  # of 2048 tokens
     pruner = Pruner(model, args.method, args.leftover, steps, args.scope, args.lambda_mvp,
                     args.lambda_gum, args.lambda_sim, args.tau, args.seed)
     optimizer = make_optimizer(model, pruner, args)
     progress = SimpleNamespace(step=0, saved=0, since=0, loss=0.0, norm=0.0, tokens=0, seconds=0.0,
                                log=measure.log_state(b""))
     parts = dict(model=model, pruner=pruner, optimizer=optimizer)
+    models = [measure.model_state(one) for one in (model, teacher) if one]
+    origin = [measure.FORMAT, settings_of(args), *models]
     if (folder / "checkpoint.pt").exists():
-        restore(folder / "checkpoint.pt", progress, parts, args)
+        restore(folder / "checkpoint.pt", progress, parts, origin)
     model.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
         model.compile_blocks()
@@ -126,11 +131,13 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if PROCESS == 0:
         cut_log(folder / "log.jsonl", progress.log)
-    shown = dict(disable=True) if PROCESS else {}  # what TQDM_DISABLE says, on process 0
+    evaluations = range(eval_every, steps, eval_every)
+    say(f"{steps:,} steps of {args.batch_size} x {train_data.block_size} tokens at most; "
+        f"{len(evaluations)} evaluations of {2048 * eval_batches:,}, one of all validation data")
     model.train()
     clock = time.perf_counter()
-    with tqdm(total=steps, initial=progress.step, desc=f"{args.method} {args.leftover:.0%}",
-              unit="step", mininterval=0.5, dynamic_ncols=True, **shown) as bar:
+    with data.bar(f"{args.method} {args.leftover:.0%}", steps, "step", initial=progress.step,
+                  **dict(disable=True) if PROCESS else {}) as bar, tracker(args) as track:
         for step in range(progress.step + 1, steps + 1):
             indices = batch_indices(step, len(train_data), args.batch_size, args.seed)
             batch, seed = train_data.batch(indices), 1_000_003 * args.seed + step
@@ -145,7 +152,7 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
             last, stopping = step == steps, bool(stop)
             if PROCESSES > 1:  # all have to stop at the same step
                 stopping = step % args.log_every == 0 and told_by_first(lambda: bool(stop))
-            evaluates = step % eval_every == 0 and not last
+            evaluates = step in evaluations
             logs = step % args.log_every == 0 or evaluates or last
             saves = step % args.checkpoint_every == 0 or last or stopping
             if logs or saves:
@@ -156,12 +163,12 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
                                   leftover=sum(widths) / max(sum(pruner.widths), 1),
                                   lr=optimizer.param_groups[0]["lr"])
                     if evaluates and PROCESS == 0:
-                        val_loss = measure.mean_loss(model, val_data, autocast_of(args), most=64)
-                        record["val_loss"] = val_loss
+                        record["val_loss"] = measure.mean_loss(model, val_data, autocast_of(args),
+                                                               eval_batches)
                         model.train()
-                    log(folder, progress, record, bar)
+                    track(log(folder, progress, record, bar))
                 if saves:
-                    save(folder, progress, parts, args)
+                    save(folder, progress, parts, origin)
                 clock = time.perf_counter()  # evaluating and saving are not training
             bar.update(step - bar.n)
             if stopping and not last:
@@ -191,6 +198,11 @@ def told_by_first(function):
     return result[0]
 
 
+def tokens_of(examples, n):
+    """How many tokens `n` sequences have, on average."""
+    return n * examples.about["tokens"] // len(examples)
+
+
 def check_finite(progress, args):
     """Fetch loss and norm from the device; FloatingPointError if one is not a number."""
     progress.loss, progress.norm = float(progress.loss), float(progress.norm)
@@ -205,27 +217,28 @@ def check_finite(progress, args):
 # Then settings.json and checkpoint.pt go.
 
 
-def save(folder, progress, parts, args):
-    """Write the checkpoint, whole or not at all; of several processes', with the C of 0."""
+def save(folder, progress, parts, origin):
+    """Write the checkpoint, whole or not at all; of several processes', with the C of 0. `origin`:
+    the run's settings, and checksums of the models that it started from."""
     progress.saved = progress.step
     if PROCESS == 0:
         progress.loss, progress.norm = float(progress.loss), float(progress.norm)
         progress.log = measure.log_state((folder / "log.jsonl").read_bytes())
         states = {name: part.state_dict() for name, part in parts.items()}
-        states |= dict(progress=vars(progress), of=[measure.FORMAT, settings_of(args)])
+        states |= dict(progress=vars(progress), origin=origin)
         # As a file, for then torch passes on why it can't be written.
         with whole(folder / "checkpoint.pt") as path, open(path, "wb") as file:
             torch.save(states, file)
 
 
-def restore(file, progress, parts, args):
+def restore(file, progress, parts, origin):
     """Go on from what `save` wrote, or raise ValueError."""
     try:
         with zipfile.ZipFile(file) as zipped:
             damaged = zipped.testzip()  # torch does not look at checksums
         content = torch.load(file, map_location="cpu", weights_only=True)
-        if damaged or content.get("of") != [measure.FORMAT, settings_of(args)]:
-            raise ValueError("a wrong checksum, or other settings")
+        if damaged or content.get("origin") != origin:
+            raise ValueError("a wrong checksum, or another --model, teacher or setting than here")
         vars(progress).update(content["progress"])
         for name, part in parts.items():
             part.load_state_dict(content[name])
@@ -245,7 +258,7 @@ def cut_log(path, known):
 
 
 def log(folder, progress, record, bar):
-    """Append `record` to log.jsonl, with means over the steps since the last line."""
+    """Append `record` to log.jsonl, with means over the steps since the last line; returns it."""
     n = progress.since
     record = dict(step=progress.step, loss=progress.loss / n, grad_norm=progress.norm / n,
                   **record, seconds=progress.seconds,
@@ -258,7 +271,26 @@ def log(folder, progress, record, bar):
         except OSError as error:  # a full disk's does not name the file
             raise OSError(f"can't write {folder / 'log.jsonl'}: {error.strerror}") from error
         bar.set_postfix(loss=f"{record['loss']:.3f}", leftover=f"{record['leftover']:.0%}",
-                        tokens_per_s=f"{record['tokens_per_second']:,.0f}")
+                        tokens_per_s=f"{record['tokens_per_second']:,.0f}", refresh=False)
+    return record
+
+
+@contextmanager
+def tracker(args):
+    """What hands a line of the log to TensorBoard, if --tensorboard says so."""
+    if not args.tensorboard or PROCESS:
+        yield lambda record: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(args.out) as writer:
+        def track(record):
+            layers = {f"width {n}": k for n, k in enumerate(record["widths"], 1)}
+            for name, value in (record | layers).items():
+                if name not in ("step", "widths"):
+                    writer.add_scalar(name, value, record["step"])
+
+        yield track
 
 
 # A whole run: check, load, train, shrink, save, compare.
@@ -270,7 +302,7 @@ START_OVER = "to use these, move it away"
 def settings_of(args):
     """What decides the result: not where and how often something is written."""
     return {name: value for name, value in vars(args).items() if name not in
-            ("out", "resume", "checkpoint_every", "log_every", "eval_every")}
+            ("out", "resume", "checkpoint_every", "log_every", "eval_every", "tensorboard")}
 
 
 def check_folder(args):
@@ -295,7 +327,11 @@ def check_folder(args):
     if state == "finished":
         raise ValueError(f"{out} holds a finished run: name another with --out, or remove it")
     if (out / "checkpoint.pt").exists():
-        raise ValueError(f"{out} holds an interrupted run: go on with --resume, or remove it")
+        with locked(out, wait=False):  # or it is not interrupted at all
+            raise ValueError(f"{out} holds an interrupted run: go on with --resume, or remove it")
+    above = next(one for one in out.absolute().parents if one.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise ValueError(f"can't write into {above}: name another folder with --out")
     return "new"
 
 
@@ -308,6 +344,21 @@ def locked(folder, wait):
     except Timeout as error:
         taken = f"another process is at work in {folder}: wait, or name another --out"
         raise ValueError(taken) from error
+
+
+@contextmanager
+def stopping_signals():
+    """A list that Ctrl-C, or what asks a job to end, fills while it is open."""
+    stop, before = [], {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # Windows lacks the last two
+        one = getattr(signal, name, None)
+        if one and signal.getsignal(one) != signal.SIG_IGN:  # as nohup has it
+            before[one] = signal.signal(one, lambda *_: stop.append(True))
+    try:
+        yield stop
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def dense_for(args, flags):
@@ -332,7 +383,7 @@ def command_of(flags):
 def load_model(name, args):
     """The model in a folder or of the Hub, or a new `tiny`, drawn from the seed."""
     if name != "tiny":
-        return GPT.from_pretrained(name).to(args.device)
+        return measure.load_model(name).to(args.device)
     torch.manual_seed(args.seed)
     return GPT(GPTConfig(**TINY)).to(args.device)
 
@@ -368,13 +419,15 @@ def run(flags, implied=False):
     if not sum(round(args.leftover * m) for m in ([total] if args.scope == "global" else widths)
                ) and total:
         raise ValueError(f"--leftover {args.leftover:g} of {total:,} neurons is none at all")
-    if not parts <= args.batch_size <= len(train_data):
-        raise ValueError(f"--batch-size {args.batch_size} is less than --accumulate "
-                         f"{args.accumulate} times {PROCESSES} processes, or more than the "
-                         f"{len(train_data)} sequences to train on")
+    if args.batch_size < parts:
+        raise ValueError(f"--batch-size {args.batch_size} can't be cut into {parts}, --accumulate "
+                         f"{args.accumulate} times {PROCESSES} processes")
+    if args.batch_size > len(train_data):
+        raise ValueError(f"--batch-size {args.batch_size} is more than there are sequences to "
+                         f"train on, {len(train_data)}")
     if args.device == "cpu" and hasattr(os, "sysconf"):  # elsewhere torch itself tells
         # The least that activations take.
-        tokens = args.batch_size / parts * about["train"]["tokens"] / len(train_data)
+        tokens = tokens_of(train_data, args.batch_size) / parts
         least = 2 * tokens * sum(8 * model.config.n_embd + 2 * m for m in widths)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if least > memory and not args.gradient_checkpointing:
@@ -416,14 +469,8 @@ def run(flags, implied=False):
             say(f"teacher: {args.teacher or dense}")
             teacher = (teacher or load_model(dense, args)).requires_grad_(False).eval()
 
-        stop = []  # filled by Ctrl-C and SIGTERM
-        signals = signal.SIGINT, signal.SIGTERM
-        handlers = [signal.signal(one, lambda *_: stop.append(True)) for one in signals]
-        try:
+        with stopping_signals() as stop:
             done = train(args, steps, model, teacher, train_data, val_data, stop)
-        finally:
-            for one, handler in zip(signals, handlers):
-                signal.signal(one, handler)
         del teacher
 
         def finish():
@@ -433,13 +480,15 @@ def run(flags, implied=False):
             write_tokenizer(out, theirs, vocab_size, n_positions)
             gpu = args.device != "cpu" and torch.cuda.get_device_name(args.device)
             metrics = dict(settings=settings_of(args), command=command_of(flags), base_model=hub,
-                           data=about, log=done.log, steps=steps, block_size=block_size,
+                           data=about, log=done.log, model=measure.model_state(model),
+                           steps=steps, block_size=block_size,
                            processes=PROCESSES, seconds=done.seconds, tokens=done.tokens,
                            tokens_per_second=done.tokens / done.seconds,
                            versions=dict(python=platform.python_version(), torch=torch.__version__),
                            machine=gpu or platform.machine())
             models = load_model(source, args).eval(), load_model(out, args).eval()
             metrics |= compare(*models, val_data, args, autocast_of(args))
+            draw_training(out, metrics)
             write_card(out, metrics)
             measure.write_json(out / "metrics.json", metrics)
 
@@ -505,7 +554,7 @@ FLAGS = {
         alpha_kd=Flag(float, "weight of the teacher's", 0.5, None, AT_LEAST_0),
         temperature=Flag(float, "of both distributions", 2.0, None, ABOVE_0)),
     "machine": dict(
-        device=measure.DEVICE,
+        device=DEVICE,
         dtype=Flag(("float32", "bfloat16"),
                    "of the matrix products (default: bfloat16 on a GPU that has it)"),
         compile=Flag(None, "torch.compile the blocks: slow to start, then faster"),
@@ -513,7 +562,8 @@ FLAGS = {
         checkpoint_every=Flag(int, "steps between checkpoints", 500, 200, ABOVE_0),
         log_every=Flag(int, "steps between lines of log.jsonl", 10, 20, ABOVE_0),
         eval_every=Flag(int, "steps between evaluations on some validation data (default: a fifth "
-                        "of all)", within=ABOVE_0))}
+                        "of all)", within=ABOVE_0),
+        tensorboard=Flag(None, "write the log's values for TensorBoard, too"))}
 ALL_FLAGS = {name: one for group in FLAGS.values() for name, one in group.items()}
 
 
@@ -527,7 +577,8 @@ def fail(message):
 def say(message):
     """To the user, from process 0."""
     if PROCESS == 0:
-        print(message, file=sys.stderr)
+        with suppress(OSError):  # nobody has to read it
+            print(message, file=sys.stderr)
 
 
 def parse(argv=None):
@@ -535,7 +586,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(allow_abbrev=False,
                                      description="Fine-prune the MLP neurons of GPT-2 and GPT-Neo.")
     parser.error = lambda message: fail(f"{message}; see --help")
-    args = measure.parse(parser, FLAGS, argv)
+    args = cli.parse(parser, FLAGS, argv)
     check_together(args)
     return args
 
@@ -557,6 +608,8 @@ def check_together(args):
             needs = ("without --distill" if flag in FLAGS["distillation"] else
                      f"with --method {name}{zero}")
             fail(f"{flag_of(flag)} means nothing {needs}")
+    if args.tensorboard and not find_spec("tensorboard"):
+        fail("--tensorboard takes a package: pip install tensorboard")
     if args.alpha_ce == args.alpha_kd == 0:
         fail("--alpha-ce 0 with --alpha-kd 0 trains nothing")
     for one, other in (("compile", "gradient_checkpointing"), ("steps", "epochs"),
@@ -571,7 +624,7 @@ def resolve(flags):
     usual = {name: False if one.kind is None else one.default for name, one in ALL_FLAGS.items()}
     method, model, dataset, distill = (
         (usual | given)[name] for name in ("method", "model", "dataset", "distill"))
-    device = flags.device or measure.BEST_DEVICE
+    device = flags.device or cli.best_device()
     if model == "tiny":
         usual |= {name: one.tiny for name, one in ALL_FLAGS.items() if one.tiny is not None}
     usual |= METHODS[method].defaults
@@ -608,13 +661,26 @@ def resolve(flags):
 
 def join_processes(flags):
     """Be one of the processes that torchrun launched, on a GPU of its own, or the CPU."""
-    device, gpus = flags.device or measure.BEST_DEVICE, torch.cuda.device_count()
+    device, gpus = flags.device or cli.best_device(), torch.cuda.device_count()
     if device == "cuda" and int(os.environ["LOCAL_RANK"]) < gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
     elif device != "cpu":
         raise ValueError(f"--device {device} with torchrun: it is cpu, or cuda with a GPU for each "
                          f"process, not {gpus} in all")
     dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(hours=1))
+
+
+def show(metrics, folder):
+    """Print how a run has ended. It has, whether or not that can be printed."""
+    try:
+        report(metrics, folder)
+        print(end="", flush=True)
+    except OSError as error:
+        say(f"the model is in {folder}")
+        if isinstance(error, BrokenPipeError):  # as after `| head -1`
+            os._exit(0)
+        say(f"train.py: error: can't print: {error.strerror}")
+        os._exit(2)
 
 
 def main():
@@ -627,11 +693,7 @@ def main():
             join_processes(flags)
         metrics = run(flags)
         if PROCESS == 0:
-            report(metrics, resolve(flags).out)
-            print(end="", flush=True)
-    except BrokenPipeError:  # as after `| head -1`
-        say(f"the model is in {resolve(flags).out}")
-        os._exit(0)
+            show(metrics, resolve(flags).out)
     except (ValueError, OSError, FloatingPointError) as error:
         fail(error)
     except RuntimeError as error:  # torch has no exceptions of its own for these
@@ -645,7 +707,8 @@ def main():
     except KeyboardInterrupt as stopped:
         launcher = ["torchrun", f"--nproc_per_node={PROCESSES}"] if PROCESSES > 1 else ["python"]
         again = shlex.join([*launcher, *sys.argv, *["--resume"] * (not flags.resume)])
-        say(f"\n{stopped}; go on with: {again}" if str(stopped) else "\nstopped")
+        begun = (Path(resolve(flags).out) / "checkpoint.pt").exists()
+        say(f"\n{str(stopped) or 'stopped'}" + f"; go on with: {again}" * begun)
         sys.exit(130)
     finally:
         if dist.is_initialized():

@@ -12,6 +12,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,9 +21,10 @@ from tqdm import tqdm
 
 import data
 import measure
-from measure import ABOVE_0, Flag
 from model import GPT, TINY, GPTConfig, KVCache, read_config
 from prune import Pruner, v_at
+from results import cli
+from results.cli import ABOVE_0, DEVICE, Flag
 from results.compare import timed
 from train import fine_prune, make_optimizer
 
@@ -221,6 +223,31 @@ def read_and_write(model, idx, new):
     return prefill / (B * T), timed(write, device)[0] / (B * new)
 
 
+@torch.no_grad()
+def read_and_write_hf(model, idx, new):
+    """The same of a model of transformers, with its own cache."""
+    device, (B, T) = idx.device, idx.shape
+    prefill, out = timed(lambda: model(idx, use_cache=True, logits_to_keep=1), device)
+
+    def write(out):
+        for _ in range(new):
+            token = out.logits[:, -1].argmax(-1, keepdim=True)  # [B, 1]
+            out = model(token, past_key_values=out.past_key_values, use_cache=True)
+
+    return prefill / (B * T), timed(lambda: write(out), device)[0] / (B * new)
+
+
+def in_transformers(paths, device, dtype):
+    """The dense model and the pruned one at its true widths as transformers loads them, and the
+    pruned one padded."""
+    from transformers import AutoModelForCausalLM
+
+    with TemporaryDirectory() as padded:
+        GPT.from_pretrained(paths[-1]).save_pretrained(padded, pad=True)
+        return [AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).to(device, dtype)
+                for path in (*paths, padded)]
+
+
 def load_and_generate(path, device, dtype, shape, new):
     model = GPT.from_pretrained(path).to(device, dtype)
     read_and_write(model, torch.zeros(shape, dtype=torch.long, device=device), new)
@@ -262,6 +289,18 @@ def generation(args):
             for i, what in enumerate(("prefill", "decode")):
                 print(f"{f'{what}, batch {B}':20}{speeds[0, i]:12,.0f}{speeds[1, i]:12,.0f}"
                       f"{ratios[i]:8.2f}x{allowed[i]:8.2f}x{ratios[i] / allowed[i]:9.0%}")
+        if args.transformers:
+            models = in_transformers(paths, args.device, dtype)
+            print(f"in transformers{'dense':>17}{'this':>12}{'ratio':>9}{'padded':>12}{'ratio':>9}")
+            for B in (1, 8):
+                idx = torch.randint(models[0].config.vocab_size, (B, T), device=args.device)
+                seconds = np.array([[read_and_write_hf(model, idx, new) for model in models]
+                                    for _ in range(args.rounds + 1)])[1:]
+                speeds = 1 / np.median(seconds, 0)  # [dense, this or padded; prefill or decode]
+                ratios = np.median(seconds[:, :1] / seconds, 0)
+                for i, what in enumerate(("prefill", "decode")):
+                    print(f"{f'{what}, batch {B}':20}{speeds[0, i]:12,.0f}" + "".join(
+                        f"{speeds[n, i]:12,.0f}{ratios[n, i]:8.2f}x" for n in (1, 2)))
         files = [[*path.glob("*.safetensors")] or [*path.glob("*.bin")] for path in paths]
         sizes = [sum(file.stat().st_size for file in of_model) for of_model in files]
         peak = [peak_memory(args.device, load_and_generate, path, args.device, dtype, (8, T), new)
@@ -279,7 +318,7 @@ def number(about, default=None):
     return Flag(int, about, default, within=ABOVE_0)
 
 
-MACHINE = dict(device=measure.DEVICE, rounds=number("how often to time each thing", 5),
+MACHINE = dict(device=DEVICE, rounds=number("how often to time each thing", 5),
                dtype=Flag(("float32", "bfloat16"), "of the matrix products", "float32"))
 FLAGS = dict(
     steps=dict(
@@ -290,11 +329,13 @@ FLAGS = dict(
         sim_tokens=number("time gum with so many tokens for the similarity, too"),
         distill=Flag(None, "time all with a teacher, too"), compile=Flag(None, "as in train.py"),
         gradient_checkpointing=Flag(None, "as in train.py"), **MACHINE),
-    generation=dict(runs=measure.RUNS, dense=measure.DENSE, **MACHINE))
+    generation=dict(
+        runs=measure.RUNS, dense=measure.DENSE, **MACHINE,
+        transformers=Flag(None, "the same in transformers, at true widths and padded")))
 
 
 def main():
-    measure.call(*measure.command_line((steps, generation), FLAGS, __doc__))
+    cli.call(*cli.command_line((steps, generation), FLAGS, __doc__))
 
 
 if __name__ == "__main__":

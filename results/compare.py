@@ -12,12 +12,13 @@ import time
 from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean, median, stdev
+from types import SimpleNamespace
 
 import torch
 
 import data
-from measure import MEASURES, dense_run, log_state, mean_loss, read_model
-from model import GPT, whole
+from measure import MEASURES, dense_run, load_model, log_state, mean_loss, read_model
+from model import whole
 from prune import METHODS
 
 DRAWN = {  # method: colour (Okabe and Ito's, which the colour-blind can tell apart) and marker
@@ -44,6 +45,9 @@ def read_runs(folders):
         run.settings["data"] = run.metrics["data"]["train"]["sha256"][:8]
         run.values = run.measures.get("values") or dict(
             perplexity=run.metrics["result"]["val_perplexity"], leftover=run.metrics["leftover"])
+        same = next((one for one in runs if one is not run and one.settings == run.settings), None)
+        if same:  # and no other seed
+            raise ValueError(f"{same.path} and {run.path} are the same run twice: name one")
     for run in sorted(runs, key=lambda run: (run.distill, list(METHODS).index(run.method))):
         alike = [other.settings for other in runs if (other.group, other.method, other.distill)
                  == (run.group, run.method, run.distill)]
@@ -184,7 +188,7 @@ def sample(args):
         columns = []
         for title, one in ("dense", dense_run(run, args.dense)), ("pruned", run):
             if one:
-                model = GPT.from_pretrained(one.path).to(args.device)
+                model = load_model(one.path).to(args.device)
                 ids = data.tokenizer(model.config.vocab_size).encode(args.prompt)
                 text = sampled(model, ids, args.tokens)
                 lines = [f"{title}: {one.path}", "", *text.splitlines()]
@@ -205,7 +209,8 @@ def styles_of(runs):
     """How matplotlib draws each curve: a method by its look, its ablations with other dashes."""
     from matplotlib import colormaps
 
-    styles = {"v_t": dict(color="#555555", ls=":", zorder=3)}
+    styles = {"v_t": dict(color="#555555", ls=":", zorder=3),
+              "training": dict(color="#555555"), "validation": dict(color="#D55E00", marker="o")}
     for run in runs:
         color, marker = look(run.method)
         ablation = sum(style["color"] == color for style in styles.values())
@@ -217,10 +222,10 @@ def styles_of(runs):
     return styles
 
 
-def draw(path, panels, styles):
-    """A figure of `panels` {(title, x label, y label): [(curve, xs, ys) of each run]}, as PNG and
-    PDF. Points are means over a curve's runs, bars sample standard deviations. Panels of the same
-    quantities share their axes."""
+def draw(path, panels, styles, formats=("png", "pdf")):
+    """A figure of `panels` {(title, x label, y label): [(curve, xs, ys) of each run]}. Points are
+    means over a curve's runs, bars sample standard deviations. Panels of the same quantities share
+    their axes."""
     import matplotlib
     from matplotlib.figure import Figure  # without pyplot, which would look for a screen
 
@@ -252,10 +257,9 @@ def draw(path, panels, styles):
     columns = max(1, min(6, 100 // (6 + max(map(len, handles), default=0))))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for suffix in ("png", "pdf"):
+    for suffix in formats:
         with whole(path.with_name(f"{path.name}.{suffix}")) as file:
-            figure.savefig(file, format=suffix, dpi=200)
-    print(f"{path}.png")
+            figure.savefig(file, format=suffix, dpi=200 if len(formats) > 1 else 120)
 
 
 def redundancy_panels(runs, how, kind):
@@ -293,6 +297,7 @@ def read_log(run):
 def training(runs):
     """Loss and leftover by step, for all methods; then each method's layers."""
     left, panels = "share of neurons left", {}
+    alone = len(runs) == 1
     for run in runs:
         log = [json.loads(line) for line in read_log(run).splitlines()]
         steps, widths = [line["step"] for line in log], run.metrics["start"]["widths"]
@@ -300,12 +305,23 @@ def training(runs):
         def add(title, y_label, curve, ys):
             panels.setdefault((title, "step", y_label), []).append((curve, steps, ys))
 
-        add("all methods", "training loss (nats/token)", run.label, [line["loss"] for line in log])
+        loss = ("loss", "nats/token") if alone else ("all methods", "training loss (nats/token)")
+        add(*loss, "training" if alone else run.label, [line["loss"] for line in log])
+        if alone:
+            add(*loss, "validation", [line.get("val_loss") for line in log])
         add("all layers", left, "v_t", [line["v_t"] for line in log])
         add("all layers", left, run.label, [line["leftover"] for line in log])
         for n, m in enumerate(widths):
             add(run.label, left, f"layer {n + 1}", [line["widths"][n] / max(m, 1) for line in log])
     return panels
+
+
+def draw_training(folder, metrics):
+    """Draw a run's curves as training.png into its folder."""
+    method = metrics["settings"]["method"]
+    run = SimpleNamespace(path=Path(folder), metrics=metrics, method=method,
+                          label=METHODS[method].name)
+    draw(run.path / "training", training([run]), styles_of([run]), ["png"])
 
 
 def figures(args):
@@ -315,7 +331,9 @@ def figures(args):
         styles = styles_of(runs)
 
         def save(name, panels):
-            draw(Path(args.out, f"{name}-{dataset}-{model}"), panels, styles)
+            path = Path(args.out, f"{name}-{dataset}-{model}")
+            draw(path, panels, styles)
+            print(f"{path}.png")
 
         dense, pruned = [run for run in runs if run.method == "none"], {}
         for run in runs:

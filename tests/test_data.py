@@ -236,7 +236,7 @@ def hub_copy(folder, **columns):
 def test_folders_of_the_same_names_and_cards_are_told_apart_by_their_files():
     assert documents(load(**hub_copy("a", text=["one"]))) == ["one"]
     assert documents(load(**hub_copy("b", text=["a second"]))) == ["a second"]
-    for columns, told in [(dict(line=["one"]), "['line'], without ['text']"), ({}, "0 bytes"),
+    for columns, told in [(dict(line=["one"]), "['line'], without ['text']"), ({}, "is empty"),
                           (dict(text=pa.array([], pa.string())), "holds no rows")]:
         assert told in mistake(**hub_copy("c", **columns))
 
@@ -559,6 +559,10 @@ MEANINGS = jsonl(*(dict(meaning_representation=n * "a", human_reference="de") fo
     case("HERE + validation", "wikitext", {"train.jsonl": jsonl({"text": "only this"})}),
     case("HERE + Parquet", "e2e", {"validation.parquet": b"PAR1 not really"}),
     case("HERE + validation split + holds no rows", "wikitext", {"validation.parquet": NO_ROWS}),
+    case("HERE + validation split + holds no rows + validation.jsonl is empty", "samsum",
+         {"validation.jsonl": b""}),
+    case("HERE + validation split + it has only train", "samsum", {"train.jsonl": b"{}"}),
+    case("has 0 tokens, too few", "wikitext", {"validation.jsonl": jsonl({"text": ""})}),
     case("HERE + validation split + holds no rows", "samsum", {
         "validation.csv": b"dialogue,summary\n"}),
     case("HERE + validation split + holds no rows", "wikisql", {"dev.jsonl": b""} | ONE_TABLE),
@@ -605,11 +609,11 @@ def test_a_hub_out_of_reach_is_named_beside_what_works(dataset, revision, wanted
     monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
     message = mistake(ConnectionError, dataset=dataset)
     assert all(word in message for word in (hub, "OSError", "--data-path", "--dataset stdlib"))
-    assert no_network.call_args == call(hub, repo_type="dataset", revision=revision,
-                                        allow_patterns=wanted)
+    assert no_network.call_args_list[0] == call(hub, repo_type="dataset", revision=revision,
+                                                allow_patterns=wanted)
     write({"validation.jsonl": b""})
     mistake(ValueError, dataset=dataset, path=".")
-    assert no_network.call_count == 1  # a folder asks nobody
+    assert no_network.call_count == 2  # the second time for what is kept; a folder asks nobody
 
 
 def test_the_library_itself_offline_ends_in_the_same_line(monkeypatch):

@@ -14,6 +14,7 @@ import transformers
 from transformers.models.gpt_neo import modeling_gpt_neo
 
 from model import GPT, GPTConfig, KVCache
+from results.texts import beam_search
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -68,13 +69,17 @@ def hf_generate(hf, prompts, max_new_tokens, eot=None, **settings):
     return outputs
 
 
-WAYS = {"greedy": dict(temperature=0),
-        "greedy without repeats": dict(temperature=0, no_repeat_ngram=2),
-        "beams": dict(beams=10, length_penalty=0.9, no_repeat_ngram=4)}
-IN_TRANSFORMERS = {"greedy": {}, "greedy without repeats": dict(no_repeat_ngram_size=2),
-                   "beams": dict(num_beams=10, length_penalty=0.9, no_repeat_ngram_size=4,
-                                 early_stopping=False)}
-every_way = pytest.mark.parametrize("way", WAYS)
+def greedy(model, prompts, max_new_tokens, eot=None):
+    return model.generate(prompts, max_new_tokens, temperature=0, eot=eot)
+
+
+def beams(model, prompts, max_new_tokens, eot=None):
+    return beam_search(model, prompts, max_new_tokens, 10, 0.9, 4, eot)
+
+
+IN_TRANSFORMERS = {greedy: {}, beams: dict(num_beams=10, length_penalty=0.9, no_repeat_ngram_size=4,
+                                           early_stopping=False)}
+every_way = pytest.mark.parametrize("way", [greedy, beams])
 
 
 @both_families
@@ -83,23 +88,22 @@ every_way = pytest.mark.parametrize("way", WAYS)
 def test_equals_transformers(tmp_path, family, way, ends):
     model, eot = random_model(family), EOT[family] if ends else None
     prompts = random_prompts((1, 5, 14, 24) * 4, seed=int(ends))
-    outputs = model.generate(prompts, 30, **WAYS[way], eot=eot)
+    outputs = way(model, prompts, 30, eot)
     hf = in_transformers(model, tmp_path)
     assert outputs == hf_generate(hf, prompts, 30, eot, **IN_TRANSFORMERS[way])
     if ends:
         assert len({len(output) for output in outputs}) > 5
-    if way != "greedy":  # and it is not by doing nothing that they agree
-        assert outputs != model.generate(prompts, 30, temperature=0, eot=eot)
+    if way == beams:  # and it is not by doing nothing that they agree
+        assert outputs != greedy(model, prompts, 30, eot)
 
 
-@pytest.mark.parametrize("beams, penalty, ngram", [
-    (2, 2.0, 0), (4, 0.0, 0), (5, -0.5, 3), (3, 1.0, 1)])
-def test_other_beam_searches_equal_transformers(tmp_path, beams, penalty, ngram):
+@pytest.mark.parametrize("n_beams, penalty, ngram", [
+    (1, 1.0, 0), (1, 1.0, 2), (2, 2.0, 0), (4, 0.0, 0), (5, -0.5, 3), (3, 1.0, 1)])
+def test_other_beam_searches_equal_transformers(tmp_path, n_beams, penalty, ngram):
     model, eot, prompts = random_model("gpt_neo"), EOT["gpt_neo"], random_prompts((2, 9) * 4)
-    wanted = hf_generate(in_transformers(model, tmp_path), prompts, 30, eot, num_beams=beams,
+    wanted = hf_generate(in_transformers(model, tmp_path), prompts, 30, eot, num_beams=n_beams,
                          length_penalty=penalty, no_repeat_ngram_size=ngram, early_stopping=False)
-    assert model.generate(prompts, 30, beams=beams, length_penalty=penalty, no_repeat_ngram=ngram,
-                          eot=eot) == wanted
+    assert beam_search(model, prompts, 30, n_beams, penalty, ngram, eot) == wanted
 
 
 @every_way
@@ -113,7 +117,7 @@ def test_pruned_models_equal_transformers(tmp_path, way, family, widths):
             ours.mlp.keep = torch.arange(0, 128, 3)
             theirs.mlp.c_proj.weight.data[torch.arange(128) % 3 > 0] = 0
     wanted = hf_generate(hf, prompts, 20, **IN_TRANSFORMERS[way])
-    assert model.generate(prompts, 20, **WAYS[way]) == wanted
+    assert way(model, prompts, 20) == wanted
 
 
 @both_families
@@ -151,7 +155,7 @@ def test_work_per_token_does_not_grow_with_what_was_read(monkeypatch):
     attended = [k.size(2) for _, k, *_ in calls["attention"]]
     assert attended == [24] * 4 + [keys for n in (25, 26, 27, 28) for keys in [n, 16] * 2]
     calls["features"].clear()
-    model.generate(random_prompts((24, 10)), 3, beams=4)  # a prompt's beams share its reading
+    beam_search(model, random_prompts((24, 10)), 3, beams=4)  # a prompt's beams share its reading
     assert [tuple(args[0].shape) for args in calls["features"]] == [(2, 24)] + [(8, 1)] * 2
 
 
@@ -160,10 +164,10 @@ def test_work_per_token_does_not_grow_with_what_was_read(monkeypatch):
 @pytest.mark.parametrize("ends", [True, False], ids=["eot", "no eot"])
 def test_a_batch_gives_what_each_prompt_alone_gives(family, way, ends):
     model, prompts = random_model(family), random_prompts(MIXED + (50, 60), seed=5)
-    settings = WAYS[way] | dict(eot=EOT[family] if ends else None)
-    together = model.generate(prompts, 30, **settings)
-    assert together == [model.generate([prompt], 30, **settings)[0] for prompt in prompts]
-    assert together[::-1] == model.generate(prompts[::-1], 30, **settings)
+    eot = EOT[family] if ends else None
+    together = way(model, prompts, 30, eot)
+    assert together == [way(model, [prompt], 30, eot)[0] for prompt in prompts]
+    assert together[::-1] == way(model, prompts[::-1], 30, eot)
 
 
 @both_families
@@ -171,7 +175,7 @@ def test_a_batch_gives_what_each_prompt_alone_gives(family, way, ends):
 def test_stops_where_the_context_is_full(tmp_path, family, way):
     model, lengths = random_model(family), (CONTEXT, 3, CONTEXT - 1, CONTEXT - 9, 30)
     prompts = random_prompts(lengths)
-    full, *outputs = model.generate(prompts, 1000, **WAYS[way])
+    full, *outputs = way(model, prompts, 1000)
     assert full == [] and [len(output) for output in outputs] == [CONTEXT - 3, 1, 9, CONTEXT - 30]
     hf = in_transformers(model, tmp_path)
     for prompt, output in zip(prompts[1:], outputs):
@@ -192,7 +196,7 @@ def test_enough_beams_find_the_likeliest_continuation_of_all(eot):
             likelihood[c[:length]] = sum(row[1 + t, c[t]].item() for t in range(length))
         found.append(max(likelihood, key=likelihood.get))
         # Without a length penalty, going on never raises a likelihood: stopping misses nothing.
-        [output] = model.generate([prompt], 3, beams=36, length_penalty=0.0, eot=eot)
+        [output] = beam_search(model, [prompt], 3, beams=36, length_penalty=0.0, eot=eot)
         assert output == [token for token in found[-1] if token != eot]
     assert len(set(found)) > 4 and (eot is None or any(eot in best for best in found))
 
@@ -200,19 +204,21 @@ def test_enough_beams_find_the_likeliest_continuation_of_all(eot):
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_no_ngram_comes_twice(n):
     model, prompts = random_model(), random_prompts(MIXED)
-    for way in (dict(temperature=0), dict(temperature=0.3), dict(beams=3)):
-        for prompt, output in zip(prompts, model.generate(prompts, 30, no_repeat_ngram=n, **way)):
+    for n_beams in 1, 3:
+        outputs = beam_search(model, prompts, 30, n_beams, no_repeat_ngram=n)
+        for prompt, output in zip(prompts, outputs):
             tokens = prompt + output
             for t in range(max(len(prompt), n - 1), len(tokens)):
                 earlier = [tokens[i : i + n] for i in range(t + 1 - n)]
                 assert tokens[t + 1 - n : t + 1] not in earlier
     # Left alone, it repeats.
-    assert any(len(set(output)) < 30 for output in model.generate(prompts, 30, temperature=0))
+    assert any(len(set(output)) < 30 for output in beam_search(model, prompts, 30, n_beams))
 
 
-@pytest.mark.parametrize("way", [dict(temperature=0), dict(temperature=1.0), dict(beams=3)])
-def test_when_every_token_would_repeat_something_still_comes(way):
-    long, short = random_model(vocab=6).generate([[0, 4], [2]], 9, no_repeat_ngram=1, **way)
+@pytest.mark.parametrize("n_beams", [1, 3])
+def test_when_every_token_would_repeat_something_still_comes(n_beams):
+    model = random_model(vocab=6)
+    long, short = beam_search(model, [[0, 4], [2]], 9, n_beams, no_repeat_ngram=1)
     assert sorted(long[:4]) == [1, 2, 3, 5] and len(long) == 9
     assert sorted(short[:5]) == [0, 1, 3, 4, 5] and len(short) == 9
 
@@ -261,35 +267,40 @@ def test_sampling_depends_on_nothing_but_its_generator():
 @pytest.mark.parametrize("way", [dict(top_k=1), dict(temperature=1e-6)])
 def test_sampling_from_one_token_is_greedy(way):
     model, prompts = random_model(), random_prompts(MIXED)
-    assert model.generate(prompts, 20, **way) == model.generate(prompts, 20, temperature=0)
+    assert model.generate(prompts, 20, **way) == greedy(model, prompts, 20)
 
 
 @every_way
 def test_nothing_to_do_is_no_error(way):
     model = random_model()
-    assert model.generate([], 5, **WAYS[way]) == []
-    assert model.generate([[1, 2], [3]], 0, **WAYS[way]) == [[], []]
+    assert way(model, [], 5) == []
+    assert way(model, [[1, 2], [3]], 0) == [[], []]
 
 
 def test_the_end_token_in_a_prompt_does_not_end_it(tmp_path):
     model, eot, prompts = random_model(), EOT["gpt2"], [[EOT["gpt2"]] * 3]
-    outputs = model.generate(prompts, 6, temperature=0, eot=eot)
+    outputs = greedy(model, prompts, 6, eot)
     assert outputs == hf_generate(in_transformers(model, tmp_path), prompts, 6, eot) != [[]]
 
 
-@pytest.mark.parametrize("length, way, message", [
-    (0, {}, "a prompt has 0 tokens; allowed are 1 to 64"),
-    (65, dict(beams=2), "a prompt has 65 tokens; allowed are 1 to 64"),
-    *((2, way, "beams >= 1, temperature >= 0 and top_k >= 1") for way in (
-        dict(beams=0), dict(temperature=-1), dict(top_k=0)))])
-def test_what_cannot_be_continued_is_an_error(length, way, message):
-    with pytest.raises(ValueError, match=message):
-        random_model().generate([[1], [2] * length], 5, **way)
+@every_way
+@pytest.mark.parametrize("length", [0, 65])
+def test_a_prompt_that_cannot_be_continued_is_an_error(way, length):
+    with pytest.raises(ValueError, match=f"a prompt has {length} tokens; allowed are 1 to 64"):
+        way(random_model(), [[1], [2] * length], 5)
+
+
+@pytest.mark.parametrize("write, settings, allowed", [
+    (GPT.generate, dict(temperature=-1), "temperature >= 0"),
+    (GPT.generate, dict(top_k=0), "top_k >= 1"), (beam_search, dict(beams=0), "beams >= 1")])
+def test_settings_that_make_no_sense_are_an_error(write, settings, allowed):
+    with pytest.raises(ValueError, match=allowed):
+        write(random_model(), [[1], [2]], 5, **settings)
 
 
 @every_way
 def test_bfloat16_and_training_mode_generate_too(way):
     model = random_model().train().bfloat16()
-    outputs = model.generate(random_prompts((4, 9)), 8, **WAYS[way])
+    outputs = way(model, random_prompts((4, 9)), 8)
     assert [len(output) for output in outputs] == [8, 8]
     assert model.training and all(parameter.grad is None for parameter in model.parameters())

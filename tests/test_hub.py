@@ -232,7 +232,7 @@ def test_a_model_whose_connection_breaks_once_is_fetched_whole(hub, ask, weights
     assert hub.requests("files") == sorted(["config.json", SAFE, file])
 
 
-@pytest.mark.parametrize("what", [500, "missing"])
+@pytest.mark.parametrize("what", [500, "missing", "hang up"])
 def test_what_is_kept_is_read_while_the_hub_fails(hub, ask, weights, what):
     hub.repos[WIKITEXT] = wikitext("one")
     read = ask(LOAD), ask(READ(None))

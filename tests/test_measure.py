@@ -6,6 +6,7 @@ import json
 import os
 import re
 import statistics
+import subprocess
 import sys
 from contextlib import nullcontext
 from functools import cache
@@ -21,7 +22,7 @@ import measure
 import prune
 import train
 from model import GPT, GPTConfig
-from results import compare
+from results import cli, compare, texts
 
 KINDS = {"gpt2": {}, "gpt_neo": dict(model_type="gpt_neo", qkv_bias=False, attn_scaled=False,
                                      windows=(None, 8))}
@@ -208,7 +209,7 @@ def test_rouge_and_bleu_equal_the_libraries_with_several_references():
     references = [["the cat sat on the mat", "a cat is on the mat today"],
                   ["dogs bark loudly at night", "at night dogs bark", "dogs at night are loud"],
                   ["one reference only here it is"]]
-    values = measure.text_scores(written, references)
+    values = texts.text_scores(written, references)
     for name in ("rouge1", "rouge2", "rougeL"):
         score = rouge_scorer.RougeScorer([name]).score
         best = [max(score(reference, text)[name].fmeasure for reference in group)
@@ -222,13 +223,16 @@ def test_rouge_and_bleu_equal_the_libraries_with_several_references():
 def test_texts_are_written_once_per_distinct_prompt_and_have_all_its_references(beams):
     model, examples = tiny(), examples_of([("p\n", "one"), ("q\n", "two"), ("p\n", "three"),
                                            ("long prompt\n", "four")])
-    written, references = measure.write_texts(model, examples, beams=beams)
+    written, references = texts.write_texts(model, examples, beams=beams)
     assert references == [["one", "three"], ["two"], ["four"]]
-    alone = [model.generate([examples.prompts[i]], 6, temperature=0, eot=256, beams=beams,
-                            length_penalty=0.9, no_repeat_ngram=4 * (beams > 1))[0]
-             for i in (0, 1, 3)]
+    prompts = [examples.prompts[i] for i in (0, 1, 3)]
+    if beams == 1:
+        alone = [model.generate([prompt], 6, temperature=0, eot=256)[0] for prompt in prompts]
+    else:
+        alone = [texts.beam_search(model, [prompt], 6, beams, length_penalty=0.9,
+                                   no_repeat_ngram=4, eot=256)[0] for prompt in prompts]
     assert written == [" ".join(data.tokenizer(257).decode(ids).split()) for ids in alone]
-    two = measure.write_texts(model, examples, prompts=2, beams=beams)
+    two = texts.write_texts(model, examples, prompts=2, beams=beams)
     assert two == (written[:2], references[:2])
 
 
@@ -248,7 +252,7 @@ def save(folder, kind="gpt2", widths=(), scale=2.0):
 def main(*words):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(sys, "argv", ["measure.py", *map(str, words)])
-        measure.call(*measure.read_flags())
+        cli.call(*measure.read_flags())
 
 
 def evaluate(*words):
@@ -284,9 +288,10 @@ def test_runs_of_every_method_are_measured_tabled_and_drawn(kind, capsys):
     measure.measure.cache_clear()
     evaluate("out/gum")
     assert Path("out/gum/measure.json").read_bytes() == first
-    files = "config.json log.jsonl measure.json metrics.json model.safetensors"
+    files = "config.json log.jsonl measure.json metrics.json model.safetensors training.png"
     assert sorted(os.listdir("out/gum")) == files.split()
     assert "| GUM |" in table_of(capsys, *folders) and len(drawn_by(folders)) == 5
+    assert capsys.readouterr().out.count("figures/") == 5
     for _ in range(2):
         main("sample", "out/gum", "--prompt", "def f(x):", "--tokens", 20, "--device", "cpu")
     lines = capsys.readouterr().out.splitlines()
@@ -325,7 +330,7 @@ def test_texts_are_scored_and_read_back_as_e2e_metrics_reads_them(dataset, colum
     values = evaluate("run", "--outputs")["values"]
     assert Path("run/references.txt").read_text() == "\n".join(references)
     outputs = Path("run/outputs.txt").read_text().split("\n")[:-1]
-    scores = measure.text_scores(outputs, [group.splitlines() for group in references])
+    scores = texts.text_scores(outputs, [group.splitlines() for group in references])
     assert scores.items() <= values.items() and "exact_match" not in values
     evaluate("run", "--outputs", "--generate", 1)
     assert Path("run/references.txt").read_text() == references[0]
@@ -489,7 +494,7 @@ def test_every_method_has_its_own_look_also_a_new_one(fakes, monkeypatch, capsys
 
 @pytest.mark.parametrize("words,says", [
     ("sample small --prompt x --dense unfinished", "unfinished finished --resume"), ("", "RUN"),
-    ("small --dataset stdlib --device foo", "--device foo cuda"), ("sample small", "--prompt"),
+    ("small --dataset stdlib --device foo", "--device foo cpu"), ("sample small", "--prompt"),
     ("small --dataset stdlib --examples -1", "--examples least"), ("small", "small --dataset"),
     ("small --dataset stdlib --outputs", "--outputs stdlib"), ("figures fake", "measure.py fake"),
     ("small --dataset e2e --data-path nothing", "nothing"), ("table small", "small metrics.json"),
@@ -533,3 +538,20 @@ def test_help_is_no_mistake(words, usage, says, capsys):
     assert pytest.raises(SystemExit, main, *words.split()).value.code == 0
     out = capsys.readouterr().out
     assert out.startswith(f"usage: measure.py {usage} [-h]") and says in out
+
+
+LOOK = """import sys
+from pathlib import Path
+from results import cli
+
+sys.argv = ["measure.py", "table", "run"]
+cli.look("measure.py", "read_flags")
+ours = {"results", *(file.stem for file in Path().glob("*.py"))}
+print([name for name in sys.modules if name.split(".")[0] in ours])
+"""
+
+
+def test_what_was_imported_with_a_stand_in_for_torch_is_imported_anew():
+    done = subprocess.run([sys.executable, "-c", LOOK], cwd=Path(measure.__file__).parent,
+                          text=True, stdout=subprocess.PIPE, check=True)
+    assert done.stdout == "['results.cli']\n"

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from test_measure import fake, main
-from test_train import (SMALL, STEP, assert_fails, assert_same_run, hook, killed_run, load_once,
-                        program, run, save_small)
+from test_train import (SMALL, STEP, assert_fails, assert_same_run, contents, hook, killed_run,
+                        load_once, program, run, save_small)
 
 import data
 import measure
@@ -36,11 +36,8 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
         real if name == "e2e" else load_once)(name, *args))
     measure.load.cache_clear()
     measure.measure.cache_clear()
+    monkeypatch.setattr(train, "draw_training", lambda *_: None)
     save_small("small")
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
 
 
 def refused(capsys, *words):
@@ -121,6 +118,12 @@ def test_a_run_is_measured_on_its_own_data_or_others_that_are_named(capsys):
     assert json.loads(Path("run/measure.json").read_text())["on"]["data_path"] is None
 
 
+def test_a_copy_of_a_run_is_no_other_seed(capsys):
+    fake("out/one", "topv")
+    shutil.copytree("out/one", "out/two")
+    assert "out/one and out/two are the same run" in refused(capsys, "table", "out/one", "out/two")
+
+
 def test_the_dense_run_beside_a_run_is_of_the_same_data(capsys):
     fake("out/topv", "topv")
     fake("out/dense", "none", lr=0.2)
@@ -160,6 +163,20 @@ def test_a_damaged_or_another_runs_checkpoint_is_named_and_kept(damage, capsys):
     before = contents("run")
     assert_fails(capsys, f"{SMALL} {FLAGS} --resume", "go on from run/checkpoint.pt|remove run")
     assert contents("run") == before
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_model_that_is_not_as_it_was_written_is_named(file, capsys):
+    run(FLAGS)
+    path = Path("run", file)
+    content = path.read_bytes()
+    path.write_bytes(flip(content, len(content) - 50) if "model" in file else
+                     content.replace(b"1e-05", b"2e-05"))
+    for words in ("run",), ("sample", "run", "--prompt", "x"):
+        assert "run is damaged" in refused(capsys, *words, "--device", "cpu")
+    assert_fails(capsys, "--out more --model run --device cpu", "the model in run is damaged")
+    path.write_bytes(content)
+    assert measure.load_model("run")
 
 
 @pytest.mark.parametrize("damage", [other_digit, lambda log: log[:-50], lambda log: b"", None])
@@ -251,7 +268,7 @@ def process(command, torch_is=None, **how):
     program, *words = command.split()
     done = subprocess.run([sys.executable, ROOT / program, *words], text=True, timeout=300,
                           env=os.environ | dict(PYTHONPATH="stub"),
-                          **dict(stdout=subprocess.PIPE) | how, stderr=subprocess.PIPE)
+                          **dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | how)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -284,6 +301,19 @@ def test_ctrl_c_while_torch_is_imported_ends_it_without_a_word(command):
     assert process(command, interrupt) == (-signal.SIGINT, "", "")
 
 
+TRAIN = f"train.py {SMALL} --dataset toysql --block-size 128 --steps 2 --out run"
+
+
+def test_a_full_disk_behind_stdout_loses_no_run():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("there is no /dev/full")
+    with open("/dev/full", "w") as full:
+        status, _, err = process(TRAIN, stdout=full)
+    *_, saved, error = err.splitlines()
+    assert status == 2 and saved == "the model is in run" and GPT.from_pretrained("run")
+    assert error == "train.py: error: can't print: No space left on device"
+
+
 @pytest.mark.parametrize("command", [
     f"train.py {SMALL} --dataset toysql --block-size 128 --steps 2 --out run",
     "measure.py table run"])
@@ -293,6 +323,9 @@ def test_nobody_has_to_read_what_is_printed(command):
     reading, writing = os.pipe()
     os.close(reading)
     status, _, err = process(command, stdout=writing)
+    if "table" not in command:  # nor what is said meanwhile
+        shutil.rmtree("run")
+        assert process(command, stdout=writing, stderr=writing)[0] == 0
     os.close(writing)
     assert status == ("table" in command) and "Traceback" not in err and "xception" not in err
     assert "table" in command or err.endswith("is in run\n") and GPT.from_pretrained("run")

@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from functools import cache, partial
+from functools import cache
 from itertools import count
 from pathlib import Path
 from unittest.mock import Mock
@@ -16,6 +16,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import torch.nn.functional as F
+import tqdm
 from safetensors.torch import load_file
 
 import data
@@ -23,6 +24,7 @@ import train
 from model import GPT, GPTConfig
 from prune import METHODS
 from results.bench import NEO
+from results.compare import draw_training
 
 ROOT = Path(__file__).parents[1]
 PRUNING = [method for method in METHODS if method != "none"]
@@ -55,6 +57,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     """Every test runs where nothing else is, next to the model `small`; data are read once."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "load", load_once)
+    monkeypatch.setattr(train, "draw_training", lambda *_: None)  # it takes half of the time
     save_small("small")
 
 
@@ -73,6 +76,10 @@ def in_double(monkeypatch):
 def assert_same_weights(a, b, atol=0.0):
     ours, theirs = (load_file(f"{folder}/model.safetensors") for folder in (a, b))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
 
 
 def assert_same_run(a, b):
@@ -113,7 +120,7 @@ def assert_fails(capsys, flags, says):
     ("soft --tau 0.9999 --mask-lr 0.1", 0.25, [16, 16]),  # none reach that threshold
     ("gum --lambda-gum 0", 0.5, 64), ("gum --scope layer", 0.5, [32, 32]),
     ("topv --lambda-gum 10", 0.5, [32, 32]), ("random --scope global", 0.5, 64)])
-def test_a_finished_run_has_four_files_and_the_wanted_number_of_neurons(flags, leftover, kept):
+def test_a_finished_run_has_its_files_and_the_wanted_number_of_neurons(flags, leftover, kept):
     metrics = run(f"--method {flags} --leftover {leftover} --out run")
     files = "config.json log.jsonl metrics.json model.safetensors"
     assert sorted(os.listdir("run")) == files.split()
@@ -360,11 +367,11 @@ def test_a_run_is_one_process_s_until_kill_9_and_then_resumes_to_the_same_bits(c
     assert_same_run("whole", "killed")
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_a_signal_ends_a_run_after_a_step_and_it_says_how_to_go_on(sent, capsys, monkeypatch):
     flags = f"{SMALL} --method topv --out run"
     with monkeypatch.context() as patch:
-        hook(patch, *STEP, 7, lambda _: signal.raise_signal(sent))
+        hook(patch, *STEP, 7, lambda _: signal.raise_signal(getattr(signal, sent)))
         status, line = program(capsys, flags)
     assert status == 130
     assert line == ("stopped after step 7 of 12, which is saved in run/checkpoint.pt; go on with: "
@@ -372,6 +379,82 @@ def test_a_signal_ends_a_run_after_a_step_and_it_says_how_to_go_on(sent, capsys,
     assert program(capsys, f"{flags} --resume")[0] == 0
     program(capsys, f"{flags} --out whole")
     assert_same_run("run", "whole")
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            hook(patch, *STEP, 7, lambda _: signal.raise_signal(signal.SIGTERM))
+            assert run("--method topv --out run")["steps"] == 12
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_ctrl_c_while_the_end_is_written_says_how_to_go_on(capsys, monkeypatch):
+    flags = f"{SMALL} --method topv --out run"
+    with monkeypatch.context() as patch:
+        hook(patch, train, "compare", 1, lambda *_: signal.raise_signal(signal.SIGINT))
+        status, line = program(capsys, flags)
+    assert (status, line) == (130, f"stopped; go on with: python train.py {flags} --resume")
+    assert program(capsys, f"{flags} --resume")[0] == 0
+    program(capsys, f"{flags} --out whole")
+    assert_same_run("run", "whole")
+
+
+@pytest.mark.parametrize("flags", ["--method topv", f"--method topv {UNTAUGHT} --teacher taught"])
+def test_another_model_or_teacher_than_a_run_began_with_is_noticed(flags, capsys):
+    save_small("taught")
+    killed_run("in the middle of a step", f"{flags} --out run")
+    before = contents("run")
+    other = "taught" if "taught" in flags else "small"
+    save_small(other, layer_norm_epsilon=1e-6)
+    assert_fails(capsys, f"{SMALL} {flags} --out run --resume", "another --model, teacher|run")
+    assert contents("run") == before
+    save_small(other)
+    run(f"{flags} --out run --resume")
+
+
+def test_evaluations_take_their_share_of_the_training(monkeypatch):
+    batches = []
+    monkeypatch.setattr(train.measure, "mean_loss", lambda *args: batches.append(args[3]) or 1.0)
+    for steps, size, every, expected in [(12, 2, None, [1] * 5), (10, 50, 5, [1]),
+                                         (10, 100, 5, [1]), (10, 200, 5, [3]),
+                                         (20, 450, None, [5] * 4)]:
+        batches.clear()
+        flags = f"--dataset stdlib --batch-size {size} --out run-{size}"
+        run(flags + f" --eval-every {every}" * bool(every), steps=steps)
+        assert batches == expected  # each of 2048 tokens: a fifth of what was trained on meanwhile
+
+
+def test_tensorboard_gets_what_the_log_has(capsys):
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator").EventAccumulator
+    flags = "--method topv --out run --tensorboard"
+    killed_run("in the middle of a step", flags)
+    run(f"{flags} --resume")
+    events = accumulator("run").Reload()
+    lines = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    assert len(lines) > 5 and set(lines[0]) - {"step", "widths", "val_loss"} < set(
+        events.Tags()["scalars"])
+    for line in lines:
+        values = line | {f"width {n}": width for n, width in enumerate(line.pop("widths"), 1)}
+        for name, value in values.items():
+            if name not in ("step", "seconds", "tokens_per_second", "widths"):
+                told = [event.value for event in events.Scalars(name) if event.step == line["step"]]
+                assert told[-1] == pytest.approx(value)
+
+
+def test_tensorboard_that_is_not_installed_is_told_before_anything_is_read(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert_fails(capsys, f"{SMALL} --out run --tensorboard", "pip install tensorboard")
+    assert not Path("run").exists()
+
+
+def test_a_run_draws_its_curves(monkeypatch):
+    monkeypatch.setattr(train, "draw_training", draw_training)
+    run("--method topv --out run")
+    assert Path("run/training.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_finished_run_is_not_overwritten_and_resuming_only_shows_it(capsys):
@@ -392,9 +475,15 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(capsys, monkeyp
 # Mistakes.
 
 
+@pytest.mark.parametrize("out", ["small/config.json/run", "small/config.json"])
+def test_a_folder_that_can_t_be_made_is_told_before_data_are_read(out, capsys, monkeypatch):
+    monkeypatch.setattr(data, "load", None)
+    assert_fails(capsys, f"{SMALL} --out {out}", "small/config.json|--out")
+
+
 @pytest.mark.parametrize("flags,says", [
     ("--method gumm", "gumm|magnitude"), ("--dataset wiki", "wiki|stdlib"),
-    ("--model gpt5", "gpt5|gpt2-medium|owner/name"), ("--device tpu", "tpu|cuda or cpu"),
+    ("--model gpt5", "gpt5|gpt2-medium|owner/name"), ("--device tpu", "tpu|allowed here is cpu"),
     ("--leftover 0", "--leftover|(0, 1]"), ("--leftover 1.5", "--leftover|(0, 1]"),
     ("--leftover nan", "--leftover|(0, 1]"), ("--leftover a", "--leftover|float"),
     ("--seed -1", "--seed|from 0"), ("--seed 99999999999999999999", "--seed|from 0"),
@@ -408,7 +497,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(capsys, monkeyp
       for method, flag in (("random", "--mask-lr"), ("magnitude", "--lambda-mvp"), ("gum", "--tau"),
                            ("topv", "--lambda-sim"), ("soft", "--lambda-sim"))),
     ("--distill --alpha-ce 0 --alpha-kd 0", "--alpha-ce 0 with --alpha-kd 0"),
-    ("--model small --dataset toysql --batch-size 20001", "--batch-size 20001|20000 sequences"),
+    ("--model small --dataset toysql --batch-size 20001", "--batch-size 20001|on, 20000"),
     ("--model empty", "empty|config.json"),
     ("--method topv --sim-tokens 8", "--sim-tokens|gum"), ("--block-size 257", "257|256"),
     ("--distill --label-smoothing 0.1", "--label-smoothing"),
@@ -420,7 +509,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(capsys, monkeyp
     ("--batch-size 2 --accumulate 3", "--accumulate 3|--batch-size 2"),
     ("--dataset wikitext --data-path nowhere", "nowhere"),
     ("--model somebody/gpt2-of-theirs", "somebody/gpt2-of-theirs|--model tiny"),
-    pytest.param("--device cuda", "--device cpu", marks=pytest.mark.skipif(
+    pytest.param("--device cuda", "--device cuda|there is no CUDA", marks=pytest.mark.skipif(
         torch.cuda.is_available(), reason="this machine has CUDA"))])
 def test_a_mistake_gets_one_line_and_status_2_and_leaves_nothing(flags, says, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -455,10 +544,17 @@ def test_a_micro_batch_too_large_for_the_memory_is_a_mistake(capsys, monkeypatch
 
 
 def test_the_progress_bar_is_named_in_a_few_words(monkeypatch):
-    shown = io.StringIO()
-    monkeypatch.setattr(train, "tqdm", partial(train.tqdm, file=shown, disable=False))
-    run("--method topv --leftover 0.5 --weight-decay 0.2")
-    assert set(re.findall(r"\r([^:]*): +\d+%", shown.getvalue())) == {"topv 50%"}
+    for_seconds = tqdm.tqdm  # what takes less has no bar
+    monkeypatch.setattr(data, "tqdm", lambda *args, **how: for_seconds(
+        *args, **how | dict(disable=False, delay=0, mininterval=0)))
+    for terminal, start in (True, "\r"), (False, "(?m)^"):
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
+        sys.stderr.isatty = lambda: terminal
+        run(f"--method topv --leftover 0.5 --weight-decay 0.2 --out run-{terminal}")
+        shown = sys.stderr.getvalue()
+        bars = re.findall(rf"{start}([^:\n\r]*): +\d+%", shown)
+        assert dict.fromkeys(bars) == dict.fromkeys(["topv 50%", "evaluating"])
+        assert ("\r" in shown) == terminal
 
 
 def test_a_model_without_neurons_can_only_be_fine_tuned(capsys):

@@ -1,0 +1,124 @@
+"""The command line of train.py, measure.py and results/bench.py: a look at the flags before torch
+is imported, which takes seconds; what a flag is; what becomes of mistakes."""
+
+import argparse
+import math
+import os
+import re
+import runpy
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import MagicMock
+
+# What is stood in for, and what is imported anew with the real thing.
+LATER = ("torch", "torch.nn", "torch.nn.functional", "torch.nn.parallel", "torch.nn.utils.rnn",
+         "torch.utils.checkpoint", "torch.distributed", "safetensors.torch")
+OURS = ("data", "measure", "model", "prune", "train", "results", "results.compare",
+        "results.export", "results.texts")
+
+
+def look(file, function):
+    """Run the program in `file` with a stand-in for torch up to its `function` that reads the
+    flags: no more is needed to find mistakes in them, which end the program, or to show --help.
+    Ctrl-C until torch is imported ends it without a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.modules |= dict.fromkeys(LATER, MagicMock())
+    with suppress(Exception):
+        runpy.run_path(file)[function]()
+    for name in LATER + OURS:
+        sys.modules.pop(name, None)
+
+
+ABOVE_0, AT_LEAST_0, SHARE = "above 0 and finite", "at least 0", "in (0, 1]"
+RANGES = {ABOVE_0: lambda x: 0 < x < math.inf, AT_LEAST_0: lambda x: 0 <= x < math.inf,
+          SHARE: lambda x: 0 < x <= 1, "in [0, 1)": lambda x: 0 <= x < 1,
+          "from 0 to 2^31 - 1": lambda x: 0 <= x < 2**31}
+
+
+class Flag(NamedTuple):
+    kind: object  # its type, its choices, or None: a switch
+    about: str
+    default: object = None
+    tiny: object = None  # the default for the model `tiny`
+    within: str = None  # what a number must be
+
+
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
+def parse(parser, groups, words):
+    """The flags in `words`, None where they are not given. A mistake is `parser.error`'s."""
+    for title, flags in groups.items():
+        group = parser.add_argument_group(title)
+        for name, (kind, about, default, tiny, _) in flags.items():
+            usual = [str(default)] * (default is not None) + [f"tiny: {tiny}"] * (tiny is not None)
+            about += f" (default: {'; '.join(usual)})" * bool(usual)
+            how = dict(type=kind) if callable(kind) else dict(choices=kind)
+            if kind is None:
+                how = dict(action="store_true", default=None)
+            if name == "runs":
+                parser.add_argument(name, metavar="RUN", nargs="+", help=about)
+            else:
+                group.add_argument(flag_of(name), help=about, **how)
+    args = parser.parse_args(words)
+    for name, flag in (item for flags in groups.values() for item in flags.items()):
+        value = getattr(args, name)
+        if value == "":
+            parser.error(f"{flag_of(name)} is empty")
+        if flag.within and value is not None and not RANGES[flag.within](value):
+            parser.error(f"{flag_of(name)} {value} is out of range: it must be {flag.within}")
+    import torch
+
+    device = getattr(args, "device", None) or "cpu"
+    allowed = r"cpu|cuda(:\d+)?" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(allowed, device):
+        names = "cpu, cuda, cuda:N" if "|" in allowed else "cpu, for there is no CUDA"
+        parser.error(f"--device {device}: allowed here is {names}")
+    return args
+
+
+DEVICE = Flag(str, "cuda or cpu (default: cuda if there is one)")
+
+
+def best_device():
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def command_line(commands, flags, about):
+    """Which of `commands` is named, or the first, its flags, and the parser, whose `error` tells a
+    mistake in one line."""
+    words, commands = sys.argv[1:], {command.__name__: command for command in commands}
+    named = bool(words) and words[0] in commands
+    name = words.pop(0) if named else next(iter(commands))
+    parser = argparse.ArgumentParser(f"{Path(sys.argv[0]).name} {name}", allow_abbrev=False,
+                                     description=commands[name].__doc__ if named else about,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.print_usage = lambda file: None  # so that a mistake takes one line
+    if words and not named and words[0][:1] != "-" and not os.path.exists(words[0]):
+        parser.error(f"{words[0]} is no run's folder, and none of {', '.join(commands)}")
+    args = parse(parser, {name: flags[name]}, words)
+    for flag, one in flags[name].items():
+        if getattr(args, flag) is None:
+            usual = best_device() if flag == "device" else one.default
+            setattr(args, flag, usual if one.kind else False)
+    return commands[name], args, parser
+
+
+def call(command, args, parser):
+    """Call it. A user's mistake is one line."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        command(args)
+        print(end="", flush=True)
+    except BrokenPipeError:  # as after `| head -1`
+        os._exit(1)
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        sys.exit(130)
