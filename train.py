@@ -212,9 +212,9 @@ def check_finite(progress, args):
                                  f"{kept}; try less than --lr {args.lr:g}")
 
 
-# A run's folder holds settings.json, log.jsonl and checkpoint.pt; at its end the model, tokenizer and
-# card (README.md), and metrics.json, which is written last and so says that the run is finished.
-# Then settings.json and checkpoint.pt go.
+# A run's folder holds settings.json, log.jsonl and checkpoint.pt; at its end the model, its
+# tokenizer, card (README.md) and curves, and metrics.json, which is written last and so says that
+# the run is finished. Then settings.json and checkpoint.pt go.
 
 
 def save(folder, progress, parts, origin):
