@@ -384,7 +384,7 @@ def config_to_hf(config):
               layer_norm_epsilon=config.layer_norm_epsilon)
     hf |= zip(KEYS[kind], [*(getattr(config, field) for field in FIELDS), max(widths)])
     if len(set(widths)) > 1:
-        code = f"modeling_pruned.Pruned{hf['architectures'][0]}"
+        code = f"modeling_pruned.{hf['architectures'][0]}"
         hf |= dict(mlp_widths=list(widths), auto_map=dict(AutoModelForCausalLM=code))
     if kind == "gpt2":
         return hf | dict(scale_attn_weights=config.attn_scaled)

@@ -4,9 +4,8 @@ lies beside such a model's weights: transformers runs it if given trust_remote_c
 import warnings
 
 from torch import addmm
-from transformers import GPT2LMHeadModel, GPTNeoForCausalLM
-from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
-from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoMLP
+from transformers.models.gpt2 import modeling_gpt2
+from transformers.models.gpt_neo import modeling_gpt_neo
 from transformers.pytorch_utils import Conv1D
 
 
@@ -18,7 +17,7 @@ class Project(Conv1D):
         return y.unflatten(0, x.shape[:-1])
 
 
-class PrunedGPT2MLP(GPT2MLP):
+class GPT2MLP(modeling_gpt2.GPT2MLP):
     def __init__(self, width, config):
         super().__init__(width, config)
         self.c_proj = Project(config.n_embd, width)
@@ -33,13 +32,16 @@ def narrow(model, mlp):
         model.post_init()
 
 
-class PrunedGPT2LMHeadModel(GPT2LMHeadModel):
-    def __init__(self, config):
-        super().__init__(config)
-        narrow(self, PrunedGPT2MLP)
+# Their names stay: a pipeline knows by these what can write text.
 
 
-class PrunedGPTNeoForCausalLM(GPTNeoForCausalLM):
+class GPT2LMHeadModel(modeling_gpt2.GPT2LMHeadModel):
     def __init__(self, config):
         super().__init__(config)
-        narrow(self, GPTNeoMLP)
+        narrow(self, GPT2MLP)
+
+
+class GPTNeoForCausalLM(modeling_gpt_neo.GPTNeoForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        narrow(self, modeling_gpt_neo.GPTNeoMLP)
