@@ -200,8 +200,8 @@ def check_finite(progress, args):
                                  f"{kept}; try less than --lr {args.lr:g}")
 
 
-# A run's folder holds settings.json, log.jsonl and checkpoint.pt; at its end the model, its tokenizer
-# and card, and metrics.json, which is written last and so says that the run is finished.
+# A run's folder holds settings.json, log.jsonl and checkpoint.pt; at its end the model, its
+# tokenizer and card, and metrics.json, which is written last and so says that the run is finished.
 # Then settings.json and checkpoint.pt go.
 
 

@@ -13,7 +13,7 @@ from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parents[1]
 FILES = ("model.py", "prune.py", "train.py", "data.py", "measure.py", "results/compare.py",
-         "results/early.py")
+         "results/early.py", "results/export.py", "results/modeling_pruned.py")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = ("--model small --steps 20 --batch-size 4 --dataset toysql --block-size 128 --log-every 5 "
          "--device cpu").split()

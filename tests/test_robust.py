@@ -212,7 +212,9 @@ def room():
     ("settings.json", 100, (train, "load_model", 1)), ("log.jsonl", 100, (*STEP, 7)),
     ("checkpoint.pt", 20_000, (*STEP, 7)), ("config.json", 100, (train, "shrink", 1)),
     ("model.safetensors", 20_000, (train, "shrink", 1)),
-    ("metrics.json", 1500, (train, "compare", 1))])
+    ("tokenizer.json", 1500, (train, "write_tokenizer", 1)),
+    ("README.md", 1500, (train, "compare", 1)),
+    ("metrics.json", 1500, (measure, "write_json", 2))])
 def test_a_run_goes_on_after_a_full_disk_as_if_nothing_had_been(file, size, place, capsys, room):
     run("--method topv --out whole")
     with pytest.MonkeyPatch.context() as patch:

@@ -113,12 +113,14 @@ def assert_fails(capsys, flags, says):
     ("soft --tau 0.9999 --mask-lr 0.1", 0.25, [16, 16]),  # none reach that threshold
     ("gum --lambda-gum 0", 0.5, 64), ("gum --scope layer", 0.5, [32, 32]),
     ("topv --lambda-gum 10", 0.5, [32, 32]), ("random --scope global", 0.5, 64)])
-def test_a_finished_run_has_four_files_and_the_wanted_number_of_neurons(flags, leftover, kept):
+def test_a_finished_run_has_its_files_and_the_wanted_number_of_neurons(flags, leftover, kept):
     metrics = run(f"--method {flags} --leftover {leftover} --out run")
-    files = "config.json log.jsonl metrics.json model.safetensors"
-    assert sorted(os.listdir("run")) == files.split()
     model = GPT.from_pretrained("run")
     widths = list(model.config.mlp_widths)
+    files = ("README.md config.json generation_config.json log.jsonl metrics.json "
+             "model.safetensors tokenizer.json tokenizer_config.json").split()
+    code = ["modeling_pruned.py"] * (len(set(widths)) > 1)
+    assert sorted(os.listdir("run")) == sorted(files + code)
     assert (widths if isinstance(kept, list) else sum(widths)) == kept
     assert widths == metrics["result"]["widths"] == [len(block.mlp.c_fc.bias) for block in model.h]
     assert metrics["leftover"] == sum(widths) / 128 and metrics["leftover_wanted"] == leftover
