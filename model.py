@@ -376,14 +376,14 @@ def read_config(folder):
 
 def config_to_hf(config):
     """`config` as the dict that goes into config.json; `mlp_widths` and `auto_map`, the code that
-    reads them, only if they differ."""
+    reads them, only if they need that."""
     kind, widths, end = config.model_type, config.mlp_widths, config.vocab_size - 1
     hf = dict(architectures=["GPT2LMHeadModel" if kind == "gpt2" else "GPTNeoForCausalLM"],
               model_type=kind, vocab_size=config.vocab_size, bos_token_id=end, eos_token_id=end,
               torch_dtype="float32", activation_function="gelu_new", tie_word_embeddings=True,
               layer_norm_epsilon=config.layer_norm_epsilon)
     hf |= zip(KEYS[kind], [*(getattr(config, field) for field in FIELDS), max(widths)])
-    if len(set(widths)) > 1:
+    if len(set(widths)) > 1 or not widths[0]:  # their own can't do with 0 neurons
         code = f"modeling_pruned.{hf['architectures'][0]}"
         hf |= dict(mlp_widths=list(widths), auto_map=dict(AutoModelForCausalLM=code))
     if kind == "gpt2":

@@ -454,12 +454,13 @@ def test_a_padded_model_is_the_same_function_in_transformers(tmp_path, family, w
     assert distance(GPT.from_pretrained(tmp_path), hf, 64) < 1e-10
 
 
-def test_saving_leaves_exactly_two_files_also_over_an_older_model(tmp_path):
+def test_saving_leaves_exactly_its_files_also_over_an_older_model(tmp_path):
     ours(widths=(60,) * 4).save_pretrained(tmp_path)
     ours("gpt_neo").save_pretrained(tmp_path)
     files = sorted(tmp_path.iterdir())
-    assert [file.name for file in files] == ["config.json", "model.safetensors"]
-    assert files[0].stat().st_mode == files[1].stat().st_mode  # whoever may read one, reads both
+    assert [file.name for file in files] == ["config.json", "generation_config.json",
+                                             "model.safetensors", "modeling_pruned.py"]
+    assert len({file.stat().st_mode for file in files}) == 1  # whoever may read one, reads all
     assert GPT.from_pretrained(tmp_path).config == ours("gpt_neo").config
 
 
