@@ -8,7 +8,7 @@ from pathlib import Path
 
 import data
 from measure import read_model
-from model import GPT, TOKENIZER, read_config, whole
+from model import GPT, TOKENIZER, config_to_hf, read_config, whole
 from prune import METHODS
 
 END = "<|endoftext|>"
@@ -178,7 +178,7 @@ def write_card(folder, metrics):
         data="; ".join(f"{split}, {of['source']}, {of['tokens']:,} tokens, sha256 "
                        f"`{of['sha256']}`" for split, of in metrics["data"].items()),
         path=json.dumps(folder.as_posix()), folder=shlex.quote(folder.as_posix()),
-        trust=", trust_remote_code=True" * (len(set(config.mlp_widths)) > 1))
+        trust=", trust_remote_code=True" * ("auto_map" in config_to_hf(config)))
     with whole(folder / "README.md") as file:
         file.write_text(card, encoding="utf-8")
 

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 import measure
 import train
 from model import GPT, TOKENIZER, GPTConfig
+from results import cli
 from results.export import write_card, write_tokenizer
 
 ROOT, END = Path(__file__).parents[1], "<|endoftext|>"
@@ -56,6 +57,14 @@ def ragged(family):
 
 
 # Models of other widths in each layer.
+
+
+@both_families
+def test_a_model_without_any_neuron_is_the_same_in_transformers(family):
+    model = ours(family, (0,) * 4)
+    model.save_pretrained("none")
+    hf = in_transformers("none", trust_remote_code=True).double()
+    assert distance(model, hf, 64) < 1e-10
 
 
 @both_families
@@ -232,7 +241,8 @@ def test_a_runs_folder_is_a_whole_model(name, runs, caplog, capfd):
     extra = [CODE] * (name == "gum")
     assert sorted(os.listdir(runs / name)) == sorted([
         "README.md", "config.json", "generation_config.json", "log.jsonl", "metrics.json",
-        "model.safetensors", "tokenizer.json", "tokenizer_config.json", *extra])
+        "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.png",
+        *extra])
     with caplog.at_level(logging.WARNING):
         write = pipeline("text-generation", model=str(runs / name), trust_remote_code=bool(extra))
         [line] = write("select ", max_new_tokens=5, do_sample=False)
@@ -312,7 +322,7 @@ def test_a_run_of_a_hubs_model_names_it_and_has_its_tokenizer(runs, monkeypatch)
 def export(*words):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["measure.py", "export", *map(str, words)])
-        measure.call(*measure.read_flags())
+        cli.call(*measure.read_flags())
 
 
 @pytest.mark.parametrize("name", ["gum", "small"])  # a run, and a folder with only a model
