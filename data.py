@@ -24,6 +24,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -125,7 +126,7 @@ class Blocks:
     def __len__(self):
         return -(-(len(self.tokens) - 1) // self.block_size)
 
-    def batch(self, indices):
+    def batch(self, indices, device=None):
         """idx, targets, real of blocks number `indices`; the last is padded on the right."""
         starts = torch.as_tensor(indices)[:, None] * self.block_size  # [B, 1]
         places = starts + torch.arange(self.block_size + 1)  # [B, T + 1]
@@ -164,11 +165,15 @@ class Examples:
     def __len__(self):
         return len(self.prompts)
 
-    def batch(self, indices):
+    def batch(self, indices, device="cpu"):
         """idx, targets, real of examples number `indices`, padded on the right: attention looks
-        left, so no real token ever sees that."""
+        left, so no real token ever sees that. On a GPU to a multiple of 64, for each new length
+        would have its kernels planned anew."""
         def padded(rows, value):
-            return pad_sequence([torch.tensor(row) for row in rows], True, value)  # [B, T]
+            rows = pad_sequence([torch.tensor(row) for row in rows], True, value)  # [B, T]
+            T = rows.size(1)
+            extra = min(-T % 64, self.block_size - T) if device.startswith("cuda") else 0
+            return F.pad(rows, (0, extra), value=value)
 
         pairs = [(self.prompts[i], self.targets[i]) for i in indices]
         idx = padded([(p + t)[:-1] for p, t in pairs], self.eot)  # the last token is never read

@@ -49,7 +49,7 @@ def batches(about, model, examples, tokens=2048, first=None, most=None):
     order = [i for i in examples.by_length() if not first or i < first]
     rows, device = max(1, tokens // examples.block_size), model.wte.weight.device
     for start in data.bar(about, of=range(0, len(order), rows)[:most]):
-        batch = examples.batch(order[start : start + rows])
+        batch = examples.batch(order[start : start + rows], device.type)
         if device.type == "cuda":
             batch = [tensor.pin_memory().to(device, non_blocking=True) for tensor in batch]
         yield batch
@@ -92,7 +92,8 @@ def activation_statistics(model, examples, tokens=2048, first=None):
     tokens of h^T h, Algorithm 1 without decay, in float64, so that no order of summing shows: 0.9
     GB in all for gpt2, 13 GB for GPT-Neo-1.3B.
     """
-    hs, total, count, seen = [], 0.0, 0, 0
+    hs, count, seen = [], 0, 0
+    total = torch.zeros((), dtype=torch.float64, device=model.wte.weight.device)
     Cs = [model.wte.weight.new_zeros(k, k, dtype=torch.float64) for k in model.config.mlp_widths]
     for block in model.h:
         block.mlp.record = hs.append
@@ -103,13 +104,13 @@ def activation_statistics(model, examples, tokens=2048, first=None):
         # Sequences do not see each other: the sum's gradient is for each that of its own loss.
         for h, gradient, C in zip(hs, torch.autograd.grad(means.sum(), hs), Cs):
             h = h.detach().double()  # [B, T, k]
-            total += (h * gradient).sum(1).abs().sum().item()  # padding has no gradient
+            total += (h * gradient).sum(1).abs().sum()  # padding has no gradient
             C.addmm_(h[real].T, h[real])
         count, seen = count + len(idx), seen + int(real.sum())
         hs.clear()
     for block in model.h:
         block.mlp.record = None
-    return total / count, Cs, seen
+    return total.item() / count, Cs, seen
 
 
 def span_residuals(C, ridge=1e-6):

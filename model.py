@@ -167,9 +167,9 @@ class GPT(nn.Module):
         """The final hidden states [B, T, d] of tokens `idx` [B, T], which follow those in `cache`;
         `start` [B] counts each row's left padding."""
         T, past, windows = idx.size(1), cache.length if cache else 0, self.config.windows
-        most, longest = self.config.n_positions, past + T - int(0 if start is None else start.min())
-        if longest > most:
-            raise ValueError(f"{longest} tokens are more than the model's context of {most}")
+        most = self.config.n_positions
+        if start is None and past + T > most:  # `prepare` has seen to padded rows
+            raise ValueError(f"{past + T} tokens are more than the model's context of {most}")
         positions = torch.arange(past, past + T, device=idx.device)  # [T]
         if start is not None:
             positions = (positions - start[:, None]).clamp(min=0)  # [B, T]

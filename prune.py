@@ -10,7 +10,7 @@ in `mlp.keep` [k]; the others are skipped (`model.MLP` says why that equals a ma
 """
 
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Callable, NamedTuple
 
 import torch
@@ -192,7 +192,9 @@ class Pruner(nn.Module):
             kept = [top_v(self.scores, round(v_t * len(self.scores)))]
         masks = torch.cat(kept).cpu().split(self.widths)  # the step's one wait for the device
         counts = [int(mask.sum()) for mask in masks]
-        keep = torch.cat([mask.nonzero().squeeze(1) for mask in masks]).to(self.scores.device)
+        keep = torch.cat([mask.nonzero().squeeze(1) for mask in masks])
+        keep = keep.pin_memory() if self.scores.is_cuda else keep  # nobody waits for pinned memory
+        keep = keep.to(self.scores.device, non_blocking=True)
         for mlp, m, indices in zip(self.mlps, self.widths, keep.split(counts)):
             mlp.keep = indices if len(indices) < m else None
         return counts
@@ -287,11 +289,20 @@ def token_loss(logits, targets, taught, how):
     return how.alpha_ce * loss + how.alpha_kd * distillation_loss(logits, taught, how.temperature)
 
 
+ALIGNED = dict(cuda=64)  # a GPU multiplies matrices by far faster whose sides are multiples of it
+
+
+@cache
+def compiled(function):
+    return torch.compile(function, dynamic=True)
+
+
 class HeadLoss(torch.autograd.Function):
     """`token_loss` of final hidden states `x` [n, d] under the output head [V, d], without ever
     holding all logits [n, V]: with a vocabulary of 50,257 they would take most of the memory.
 
-    Gradients are taken here, some tokens at a time, and only scaled in the backward pass.
+    Gradients are taken here, some tokens at a time, and only scaled in the backward pass. On a GPU
+    the head gets rows of zeros up to V', a multiple of 64, and their logits are left out again.
     `teacher`: None, or its final hidden states [n, d'] and head [V, d']. Products are in the
     autocast dtype, the loss in float32 at least.
     """
@@ -301,22 +312,30 @@ class HeadLoss(torch.autograd.Function):
         dtype, device = head.dtype, x.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        exact = torch.promote_types(dtype, torch.float32)
-        # Tokens at a time: 0.5 GB of float32 logits. On a CPU 32 MiB, for larger blocks of memory
-        # go back to the system after each use.
-        rows = max(64, 2 ** (27 if x.is_cuda else 23) // len(head))
-        low, total = head.to(dtype), torch.zeros((), dtype=exact, device=x.device)
-        grad_x, grad_head = torch.empty_like(x), torch.zeros_like(head)
+        exact, V = torch.promote_types(dtype, torch.float32), len(head)
+        # Tokens at a time: 0.25 GB of float32 logits, which on the way to their gradient take five
+        # times that, with a teacher nine times. On a CPU 32 MiB, for larger blocks of memory go
+        # back to the system after use.
+        rows = max(128, 2 ** (26 if x.is_cuda else 23) // V // 128 * 128)
+        extra = -V % ALIGNED.get(device, 1)
+        low = F.pad(head, (0, 0, 0, extra)).to(dtype) if extra else head.to(dtype)  # [V', d]
+        total = torch.zeros((), dtype=exact, device=x.device)
+        grad_x, grad_head = torch.empty_like(x), torch.zeros_like(low, dtype=head.dtype)
         if teacher is not None:
-            teacher = [tensor.to(dtype) for tensor in teacher]
+            taught_x, taught_head = teacher[0].to(dtype), teacher[1].to(dtype)
+            if extra:
+                taught_head = F.pad(taught_head, (0, 0, 0, extra))  # [V', d']
+        loss_of = compiled(token_loss) if getattr(how, "compile", False) else token_loss
         for start in range(0, len(x), rows):
-            at = slice(start, start + rows)
+            at, taught = slice(start, start + rows), None
             features = x[at].to(dtype)  # [rows, d]
-            logits = (features @ low.T).to(exact).requires_grad_()  # [rows, V]
-            taught = None if teacher is None else (teacher[0][at] @ teacher[1].T).to(exact)
+            logits = (features @ low.T)[:, :V].to(exact).requires_grad_()  # [rows, V]
+            if teacher is not None:
+                taught = (taught_x[at] @ taught_head.T)[:, :V].to(exact)  # [rows, V]
             with torch.enable_grad():
-                loss = token_loss(logits, targets[at], taught, how)
+                loss = loss_of(logits, targets[at], taught, how)
             grad = torch.autograd.grad(loss, logits)[0].to(dtype)  # [rows, V]
+            grad = F.pad(grad, (0, extra)) if extra else grad  # [rows, V']
             total += loss.detach()
             del logits, loss, taught  # freed before the next ones are made
             grad_x[at] = grad @ low
@@ -324,7 +343,7 @@ class HeadLoss(torch.autograd.Function):
                 grad_head.addmm_(grad.T, features)
             else:
                 grad_head += grad.T @ features
-        ctx.grads = grad_x, grad_head
+        ctx.grads = grad_x, grad_head[:V]
         return total
 
     @staticmethod

@@ -39,7 +39,7 @@ import measure
 from model import GPT, TINY, GPTConfig, download, whole
 from prune import METHODS, HeadLoss, Pruner, defaults_of, lr_factor, shrink, v_at
 from results.cli import ABOVE_0, AT_LEAST_0, DEVICE, SHARE, Flag, flag_of
-from results.compare import compare, draw_training, report
+from results.compare import compare, draw_training, report, tracker
 from results.export import write_card, write_tokenizer
 
 # Launched by torchrun, several train in step, each on its share of a batch; 0 alone writes.
@@ -135,12 +135,12 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
     say(f"{steps:,} steps of {args.batch_size} x {train_data.block_size} tokens at most; "
         f"{len(evaluations)} evaluations of {2048 * eval_batches:,}, one of all validation data")
     model.train()
-    clock = time.perf_counter()
+    clock, saved_at = time.perf_counter(), time.monotonic()
     with data.bar(f"{args.method} {args.leftover:.0%}", steps, "step", initial=progress.step,
-                  **dict(disable=True) if PROCESS else {}) as bar, tracker(args) as track:
+                  **dict(disable=True) if PROCESS else {}) as bar, tracker(folder, args.tensorboard and not PROCESS) as track:
         for step in range(progress.step + 1, steps + 1):
             indices = batch_indices(step, len(train_data), args.batch_size, args.seed)
-            batch, seed = train_data.batch(indices), 1_000_003 * args.seed + step
+            batch, seed = train_data.batch(indices, args.device), 1_000_003 * args.seed + step
             micro_batches = data.micro_batches(batch, args.device, args.accumulate, PROCESS,
                                                PROCESSES, args.sim_tokens, seed)
             widths, loss, norm = fine_prune(parallel, pruner, optimizer, micro_batches, step, args,
@@ -149,12 +149,12 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
             progress.loss += loss
             progress.norm += norm
             progress.tokens += batch[0].numel()
-            last, stopping = step == steps, bool(stop)
-            if PROCESSES > 1:  # all have to stop at the same step
-                stopping = step % args.log_every == 0 and told_by_first(lambda: bool(stop))
+            last = step == steps
+            stopping, overdue = told_by_first(  # all stop at the same step
+                lambda: (bool(stop), time.monotonic() - saved_at > 600))
             evaluates = step in evaluations
             logs = step % args.log_every == 0 or evaluates or last
-            saves = step % args.checkpoint_every == 0 or last or stopping
+            saves = step % args.checkpoint_every == 0 or last or stopping or overdue
             if logs or saves:
                 progress.seconds += time.perf_counter() - clock
                 check_finite(progress, args)
@@ -169,6 +169,7 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
                     track(log(folder, progress, record, bar))
                 if saves:
                     save(folder, progress, parts, origin)
+                    saved_at = time.monotonic()
                 clock = time.perf_counter()  # evaluating and saving are not training
             bar.update(step - bar.n)
             if stopping and not last:
@@ -194,7 +195,7 @@ def told_by_first(function):
     """What `function` returns in process 0: the others wait, and get the same."""
     result = [function() if PROCESS == 0 else None]
     if PROCESSES > 1:
-        dist.broadcast_object_list(result)
+        dist.broadcast_object_list(result, device=torch.device("cpu"))  # no GPU is waited for
     return result[0]
 
 
@@ -236,7 +237,7 @@ def restore(file, progress, parts, origin):
     try:
         with zipfile.ZipFile(file) as zipped:
             damaged = zipped.testzip()  # torch does not look at checksums
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         if damaged or content.get("origin") != origin:
             raise ValueError("a wrong checksum, or another --model, teacher or setting than here")
         vars(progress).update(content["progress"])
@@ -273,24 +274,6 @@ def log(folder, progress, record, bar):
         bar.set_postfix(loss=f"{record['loss']:.3f}", leftover=f"{record['leftover']:.0%}",
                         tokens_per_s=f"{record['tokens_per_second']:,.0f}", refresh=False)
     return record
-
-
-@contextmanager
-def tracker(args):
-    """What hands a line of the log to TensorBoard, if --tensorboard says so."""
-    if not args.tensorboard or PROCESS:
-        yield lambda record: None
-        return
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(args.out) as writer:
-        def track(record):
-            layers = {f"width {n}": k for n, k in enumerate(record["widths"], 1)}
-            for name, value in (record | layers).items():
-                if name not in ("step", "widths"):
-                    writer.add_scalar(name, value, record["step"])
-
-        yield track
 
 
 # A whole run: check, load, train, shrink, save, compare.
@@ -559,7 +542,8 @@ FLAGS = {
                    "of the matrix products (default: bfloat16 on a GPU that has it)"),
         compile=Flag(None, "torch.compile the blocks: slow to start, then faster"),
         gradient_checkpointing=Flag(None, "compute activations twice, keep none"),
-        checkpoint_every=Flag(int, "steps between checkpoints", 500, 200, ABOVE_0),
+        checkpoint_every=Flag(int, "steps between checkpoints; one every 10 minutes, too", 500, 200,
+                              ABOVE_0),
         log_every=Flag(int, "steps between lines of log.jsonl", 10, 20, ABOVE_0),
         eval_every=Flag(int, "steps between evaluations on some validation data (default: a fifth "
                         "of all)", within=ABOVE_0),
@@ -570,7 +554,9 @@ ALL_FLAGS = {name: one for group in FLAGS.values() for name, one in group.items(
 def fail(message):
     """A user's mistake: one line, status 2."""
     who = f" in process {PROCESS} of {PROCESSES}" if PROCESSES > 1 else ""
-    print(f"train.py: error{who}: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"train.py: error{who}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    if PROCESSES > 1:  # an orderly end would wait for the others, who may wait for this one
+        os._exit(2)
     sys.exit(2)
 
 
@@ -667,7 +653,8 @@ def join_processes(flags):
     elif device != "cpu":
         raise ValueError(f"--device {device} with torchrun: it is cpu, or cuda with a GPU for each "
                          f"process, not {gpus} in all")
-    dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(hours=1))
+    dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
+                            timeout=timedelta(hours=1))
 
 
 def show(metrics, folder):
@@ -688,12 +675,16 @@ def main():
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # A pruned neuron's mean gradient fades to numbers so small that they slow a CPU down.
     torch.set_flush_denormal(True)
+    if (flags.device or cli.best_device()) != "cpu":
+        torch.set_float32_matmul_precision("high")  # TF32: by far faster, near enough to train
     try:
         if PROCESSES > 1:
             join_processes(flags)
         metrics = run(flags)
         if PROCESS == 0:
             show(metrics, resolve(flags).out)
+        if PROCESSES > 1:
+            dist.destroy_process_group()
     except (ValueError, OSError, FloatingPointError) as error:
         fail(error)
     except RuntimeError as error:  # torch has no exceptions of its own for these
@@ -710,9 +701,6 @@ def main():
         begun = (Path(resolve(flags).out) / "checkpoint.pt").exists()
         say(f"\n{str(stopped) or 'stopped'}" + f"; go on with: {again}" * begun)
         sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

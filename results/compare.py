@@ -1,4 +1,4 @@
-"""How a run ends, and what `python measure.py table`, `figures` and `sample` show of several.
+"""How a run is shown, and what `python measure.py table`, `figures` and `sample` show of several.
 
 `run.leftover` is the share of neurons that a run was asked to leave; what it did is in its metrics.
 """
@@ -9,6 +9,7 @@ import math
 import sys
 import textwrap
 import time
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -154,6 +155,24 @@ def report(metrics, folder):
     for name, model in ((before, start), (method, result)):
         print(f"\n--- {name} writes:\n{model['sample']}")
     print(f"\nthe model, its log and metrics are in {folder}")
+
+
+@contextmanager
+def tracker(folder, wanted):
+    """What hands a line of the log to TensorBoard, in files beside it, if that is `wanted`."""
+    if not wanted:
+        yield lambda record: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(folder) as writer:
+        def track(record):
+            layers = {f"width {n}": k for n, k in enumerate(record["widths"], 1)}
+            for name, value in (record | layers).items():
+                if name not in ("step", "widths"):
+                    writer.add_scalar(name, value, record["step"])
+
+        yield track
 
 
 def table(args):

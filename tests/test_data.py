@@ -373,6 +373,16 @@ def test_examples_longer_than_the_block_are_left_out_whole_but_right_answers():
     assert examples.by_length() == [2, 0, 1]  # the shortest first
 
 
+@pytest.mark.parametrize("block, wide", [(200, 128), (100, 100)])
+def test_on_a_gpu_a_batch_of_examples_is_as_wide_as_many_others(block, wide):
+    examples = data.Examples([("x" * 60, "y" * 9), ("z", "")], block, data.tokenizer(257))
+    idx, targets, real = examples.batch([0, 1], "cuda")
+    narrow = examples.batch([0, 1])
+    T = narrow[0].size(1)
+    for ours, plain, value in zip((idx, targets, real), narrow, (256, -100, False)):
+        assert ours.shape == (2, wide) and ours[:, :T].equal(plain) and (ours[:, T:] == value).all()
+
+
 def test_examples_left_out_are_reported_in_one_line(capsys):
     left_out = 1000 - len(load("toysql", block_size=100))
     (line,) = capsys.readouterr().err.splitlines()

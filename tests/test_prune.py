@@ -571,12 +571,14 @@ def plain_loss(x, head, targets, teacher):
     return total, *(leaf.grad for leaf in leaves)
 
 
+@pytest.mark.parametrize("aligned", [1, 64])  # as on a CPU, as on a GPU
 @pytest.mark.parametrize("n, taught, dtype, tolerance", [
     (0, False, torch.float64, 1e-12), (1, True, torch.float64, 1e-12),
     (340, False, torch.float64, 1e-12), (340, True, torch.float64, 1e-12),
     (340, True, torch.bfloat16, 0.02)])
-def test_the_loss_of_a_large_vocabulary_goes_chunk_by_chunk(n, taught, dtype, tolerance,
+def test_the_loss_of_a_large_vocabulary_goes_chunk_by_chunk(n, taught, dtype, tolerance, aligned,
                                                             monkeypatch):
+    monkeypatch.setitem(prune.ALIGNED, "cpu", aligned)
     generator, V, sizes = torch.Generator().manual_seed(0), 50257, []
     x, head, *teacher = (torch.randn(rows, d, dtype=torch.float64, generator=generator)
                          for d in (4, 3) for rows in (n, V))
@@ -596,6 +598,18 @@ def test_the_loss_of_a_large_vocabulary_goes_chunk_by_chunk(n, taught, dtype, to
     assert sum(sizes) == n and max(sizes, default=0) < 200
     for ours, plain in zip([loss, *(leaf.grad * 7 / 3 for leaf in ours)], wanted):
         assert ours.dtype == exact and (ours - plain).norm() <= tolerance * plain.norm()
+
+
+def test_the_loss_that_is_compiled_is_the_same():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 7, 11, dtype=torch.float64, generator=generator)
+    targets, losses, gradients = torch.arange(7), [], []
+    for function in prune.token_loss, prune.compiled(prune.token_loss):
+        leaf = student.clone().requires_grad_()
+        losses.append(function(leaf, targets, teacher, HOW))
+        gradients.append(*torch.autograd.grad(losses[-1], leaf))
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=0)
+    torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-14)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.5])

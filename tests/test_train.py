@@ -383,6 +383,15 @@ def test_a_signal_ends_a_run_after_a_step_and_it_says_how_to_go_on(sent, capsys,
     assert_same_run("run", "whole")
 
 
+def test_a_checkpoint_is_written_every_ten_minutes_too(monkeypatch):
+    # The clock is read at the start, after each step, and when something has been saved.
+    minutes, saved = count(0, 4), []
+    monkeypatch.setattr(train.time, "monotonic", lambda: 60 * next(minutes))
+    monkeypatch.setattr(train, "save", lambda _, progress, *rest: saved.append(progress.step))
+    run("--method topv --checkpoint-every 100 --out run")
+    assert saved == [3, 6, 9, 12]
+
+
 def test_a_signal_that_is_ignored_stays_so():
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
