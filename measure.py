@@ -363,7 +363,10 @@ FLAGS = dict(
         runs=RUNS, metric=Flag(MEASURES, "what to show (default: what the data asks for)"),
         format=Flag(("markdown", "csv", "latex"), "of the table", "markdown")),
     figures=dict(runs=RUNS, out=Flag(str, "the folder to draw into", "figures")),
-    export=dict(runs=RUNS, out=Flag(str, "the new folder to write", "exported")),
+    export=dict(
+        runs=RUNS, out=Flag(str, "the new folder to write", "exported"),
+        multiple_of=Flag(int, "what to fill widths up to a multiple of, instead of to the widest",
+                         within=ABOVE_0)),
     sample=dict(
         runs=RUNS, dense=DENSE, device=DEVICE, prompt=Flag(str, "the text to continue", ""),
         tokens=Flag(int, "how many to write at most", 120, None, AT_LEAST_0)))

@@ -136,8 +136,9 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
         f"{len(evaluations)} evaluations of {2048 * eval_batches:,}, one of all validation data")
     model.train()
     clock, saved_at = time.perf_counter(), time.monotonic()
-    with data.bar(f"{args.method} {args.leftover:.0%}", steps, "step", initial=progress.step,
-                  **dict(disable=True) if PROCESS else {}) as bar, tracker(folder, args.tensorboard and not PROCESS) as track:
+    name, shown = f"{args.method} {args.leftover:.0%}", dict(disable=True) if PROCESS else {}
+    with (data.bar(name, steps, "step", initial=progress.step, **shown) as bar,
+          tracker(folder, args.tensorboard and not PROCESS) as track):
         for step in range(progress.step + 1, steps + 1):
             indices = batch_indices(step, len(train_data), args.batch_size, args.seed)
             batch, seed = train_data.batch(indices, args.device), 1_000_003 * args.seed + step

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import data
-from measure import read_model
-from model import GPT, TOKENIZER, config_to_hf, read_config, whole
-from prune import METHODS
+from measure import load_model, read_model
+from model import TOKENIZER, config_to_hf, read_config, whole
+from prune import METHODS, shrink
 
 END = "<|endoftext|>"
 
@@ -155,8 +155,9 @@ def write_card(folder, metrics):
         what = (f"A {family} {made}, starting from {origin}. None of its {sum(full):,} MLP neurons "
                 "was pruned.")
     if list(config.mlp_widths) != left:
-        what += (f" Here every layer is filled up with zero neurons to {config.mlp_widths[0]}: the "
-                 "same function, larger; the numbers below are those without them.")
+        widths = ", ".join(map(str, dict.fromkeys(config.mlp_widths)))
+        what += (f" Here layers are filled up with zero neurons to {widths}: the same function, "
+                 "larger; the numbers below are those without them.")
 
     rows = [(title, start[key], result[key], form) for title, key, form in (
         ("parameters", "parameters", ",.0f"), ("validation loss (nats)", "val_loss", ".4f"),
@@ -185,16 +186,20 @@ def write_card(folder, metrics):
 
 def export(args):
     """Write the model of one RUN with every layer padded with zero neurons to the widest, for
-    loaders without remote code, with its tokenizer and card."""
+    loaders without remote code, or to a multiple, for devices that are faster so; with its
+    tokenizer and card."""
     out = Path(args.out)
     if len(args.runs) > 1:
         raise ValueError(f"export takes one RUN, not {len(args.runs)}: each needs its own --out")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty: name another folder with --out")
     run = read_model(args.runs[0])
-    model = GPT.from_pretrained(run.path)
+    model = load_model(run.path)
     write_tokenizer(out, run.path, model.config.vocab_size, model.config.n_positions)
-    model.save_pretrained(out, pad=True)
+    if args.multiple_of:
+        shrink(model, args.multiple_of).save_pretrained(out)
+    else:
+        model.save_pretrained(out, pad=True)
     if run.metrics:
         write_card(out, run.metrics)
     print(f"the padded model is in {out}")

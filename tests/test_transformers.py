@@ -341,6 +341,15 @@ def test_an_export_needs_no_code_and_is_the_same_function(name, runs):
         assert "trust_remote_code" not in text and f"zero neurons to {max(widths)}" in text
 
 
+def test_an_export_to_a_multiple_is_ragged_and_the_same_function(runs):
+    export(runs / "gum", "--out", "new", "--multiple-of", "8")
+    model, idx = GPT.from_pretrained(runs / "gum"), torch.randint(257, (2, 128))
+    widths = GPT.from_pretrained("new").config.mlp_widths
+    assert widths == tuple(-(-k // 8) * 8 for k in model.config.mlp_widths) and len({*widths}) > 1
+    hf, theirs = in_transformers("new", trust_remote_code=True).double(), model.double()(idx)[0]
+    assert (hf(idx).logits - theirs).abs().max() < 1e-10
+
+
 def test_an_export_refuses_what_it_can_not_do(runs, capsys):
     Path("full").mkdir()
     Path("full/file").write_text("mine")
