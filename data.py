@@ -238,7 +238,11 @@ class Screen:
             if sys.stderr.isatty():
                 sys.stderr.write(text)
             elif text.strip():
-                print(text.strip(), file=sys.stderr, flush=True)
+                print(text.strip(), file=sys.stderr)
+
+    def flush(self):
+        with suppress(OSError):
+            sys.stderr.flush()
 
 
 def bar(about, total=None, unit="batch", of=None, **how):

@@ -110,7 +110,7 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
     when the loss is no number.
     """
     folder, eval_every = Path(args.out), args.eval_every or max(steps // 5, 1)
-    # A token takes about a third of its training to evaluate: so that all takes at most a tenth.
+    # Evaluating takes a third of a training step's time by token: so all takes a tenth at most.
     share = eval_every * tokens_of(train_data, args.batch_size) // 5
     eval_batches = min(max(share // 2048, 1), 64)  # of 2048 tokens
     pruner = Pruner(model, args.method, args.leftover, steps, args.scope, args.lambda_mvp,
@@ -123,10 +123,9 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
     origin = [measure.FORMAT, settings_of(args), *models]
     if (folder / "checkpoint.pt").exists():
         restore(folder / "checkpoint.pt", progress, parts, origin)
-    model.gradient_checkpointing = args.gradient_checkpointing
+    model.gradient_checkpointing, parallel = args.gradient_checkpointing, model
     if args.compile:
         model.compile_blocks()
-    parallel = model
     if PROCESSES > 1:
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if PROCESS == 0:
