@@ -623,8 +623,8 @@ def section(title, show, *args):
 
 
 def report(args):
-    """Measure what matters on this machine, and print it as markdown, to paste into an issue. Made to
-    take some ten minutes on a GPU; on a CPU it is of a small model, and takes one or two."""
+    """Measure what matters on this machine, and print it as markdown, to paste into an issue. Made
+    to take some ten minutes on a GPU; on a CPU it is of a small model, and takes one or two."""
     small = dict(model="tiny", batch_size=32, block_size=64, dtype="float32")
     usual = dict(model="gpt2", batch_size=16, block_size=1024, dtype="bfloat16")
     given = {name: value for name, value in vars(args).items() if value is not None}
