@@ -2,16 +2,27 @@
 
     python -m results.bench steps --model gpt2      a step of training, by each method
     python -m results.bench generation out/RUN ...  reading and writing, pruned against dense
+    python -m results.bench report                  this machine, all of that for a model's shape,
+                                                    GPU against CPU: to paste into an issue
 
 What a task can't do without are operations (a multiply-add is 2) and bytes. Divided by how many of
 each the machine does in a second, they give the least time it can take, and the floor of a ratio.
+
+Where a number can't be had, as for want of memory, words say why, and what comes after it goes on.
 """
 
+import gc
 import math
+import os
+import platform
+import re
+import shlex
+import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
@@ -22,7 +33,7 @@ from tqdm import tqdm
 import data
 import measure
 from model import GPT, TINY, GPTConfig, KVCache, read_config
-from prune import Pruner, v_at
+from prune import Pruner, shrink, top_v, v_at
 from results import cli
 from results.cli import ABOVE_0, DEVICE, Flag
 from results.compare import timed
@@ -40,6 +51,37 @@ SHAPES = {  # models whose shape is known without asking the Hub
     "EleutherAI/gpt-neo-125m": dict(NEO, windows=(None, 256) * 6),
     "EleutherAI/gpt-neo-1.3B": dict(NEO, n_embd=2048, n_layer=24, n_head=16,
                                     windows=(None, 256) * 12)}
+
+
+def config_of(model):
+    return GPTConfig(**SHAPES[model]) if model in SHAPES else read_config(model)
+
+
+LACKS = "out of memory|can't allocate memory|ALLOC_FAILED"  # as torch and CUDA's libraries put it
+
+
+def why(error):
+    """Why there is no number, in a few words."""
+    words = " ".join(str(error).split()).replace("|", "/")  # which would end a table's cell
+    if isinstance(error, MemoryError) or re.search(LACKS, words):
+        return "out of memory"
+    return f"failed ({type(error).__name__}: {words[:200]})"
+
+
+def free():
+    """Give back what nobody holds any more, so that it is there for what comes next."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def attempt(task, *args):
+    """What `task(*args)` returns, or why it fails."""
+    try:
+        return task(*args)
+    except Exception as error:
+        reason = why(error)
+    free()  # only here, where the error no longer holds the task's tensors
+    return reason
 
 
 def peaks(device, dtype):
@@ -60,6 +102,12 @@ def operations(config, T):
     return blocks, 2 * d * config.vocab_size
 
 
+def weights(config):
+    """How many numbers its matrices hold, but for the positions'; its vectors are few."""
+    return config.n_embd * (config.vocab_size + sum(4 * config.n_embd + 2 * m
+                                                    for m in config.mlp_widths))
+
+
 def held(device):
     """Bytes that this process has held at most: on the GPU, or in main memory."""
     if device != "cpu":
@@ -75,14 +123,23 @@ def grown(device, task, args):
 
 
 def peak_memory(device, task, *args):
-    """Bytes that `task(*args)` takes at most, alone in a process of its own; nan where the system
-    does not say."""
+    """Bytes that `task(*args)` takes at most, alone in a process of its own, or why that is not
+    known. To be asked first: what this process has on a GPU, that one can't have."""
     if device == "cpu" and resource is None:
-        return math.nan
+        return "this system does not say"
     # Not "spawn" where it can be helped: on Linux, such a child's peak starts out as its parent's.
     start = get_context("spawn" if resource is None else "forkserver")
     with ProcessPoolExecutor(1, mp_context=start) as pool:
-        return pool.submit(grown, device, task, args).result()
+        return attempt(pool.submit(grown, device, task, args).result)
+
+
+def print_row(*cells):
+    print(f"| {' | '.join(cells)} |")
+
+
+def print_head(*cells):
+    print_row(*cells)
+    print("| --- " * len(cells) + "|")
 
 
 # A step of training.
@@ -90,6 +147,10 @@ def peak_memory(device, task, *args):
 ROWS = {"none": ("none", "layer"), "topv": ("topv", "layer"), "Global Top_v": ("topv", "global"),
         "gum": ("gum", "global")}  # what is timed: method, scope
 V_TS = (1.0, 0.5, 0.25, 0.1)  # at these fractions of neurons left
+# A case is one of ROWS, v_t, `sim_tokens`, and 1 with a teacher. All are held against this one:
+PLAIN = "none", 1.0, None, 0
+LEARNING = dict(weight_decay=0.1, eps=1e-8, label_smoothing=0.0, alpha_ce=0.5, alpha_kd=0.5,
+                temperature=2.0)
 
 
 def least_work(config, v_t, shape, similar, distill):
@@ -102,8 +163,8 @@ def least_work(config, v_t, shape, similar, distill):
     work = tokens * (3 * ours + distill * teachers) + similar * pairs
     # In float32: a weight is read forward and backward, its gradient written, and read for the
     # norm; AdamW reads four numbers and writes three. Half of C is read and written.
-    rows = config.vocab_size + config.n_positions + sum(4 * d + 2 * m for m in config.mlp_widths)
-    return work, 4 * (11 * d * rows + pairs * (similar > 0))
+    numbers = weights(config) + d * config.n_positions
+    return work, 4 * (11 * numbers + pairs * (similar > 0))
 
 
 def stepper(config, shape, names, args):
@@ -111,8 +172,7 @@ def stepper(config, shape, names, args):
     and tokens. They share one model. A learning rate of 0 makes every step like the last."""
     torch.manual_seed(0)
     torch.set_flush_denormal(True)  # as train.py does
-    how = SimpleNamespace(**vars(args), lr=0.0, mask_lr=0.0, weight_decay=0.1, eps=1e-8,
-                          label_smoothing=0.0, alpha_ce=0.5, alpha_kd=0.5, temperature=2.0)
+    how = SimpleNamespace(**vars(args), **LEARNING, lr=0.0, mask_lr=0.0)
     model = GPT(config).to(args.device)
     teacher = GPT(config).to(args.device) if args.distill else None
     model.gradient_checkpointing = args.gradient_checkpointing
@@ -128,6 +188,7 @@ def stepper(config, shape, names, args):
     batch = tokens, tokens, torch.ones_like(tokens, dtype=torch.bool)
 
     def step(name, v_t, sim_tokens=None, distill=0):
+        optimizer.zero_grad(set_to_none=True)  # left by a step that failed
         pruners[name].leftover = v_t  # at the last step, 1000, one is the other
         micro = data.micro_batches(batch, args.device, args.accumulate, sim_tokens=sim_tokens)
         return fine_prune(model, pruners[name], optimizer, micro, 1000, how,
@@ -149,58 +210,117 @@ def over_schedule(costs, leftover):
     return np.interp(v_ts, V_TS[::-1], costs[::-1]).mean()
 
 
+def peak_of_steps(config, shape, args):
+    """Bytes that steps of none and of gum take at most, without a teacher."""
+    alone = SimpleNamespace(**vars(args) | dict(distill=False))
+    return [peak_memory(args.device, some_steps, config, shape, name, alone)
+            for name in ("none", "gum")]
+
+
+def cases_of(rows, distill):
+    """A table's rows: {label: its case at each of V_TS}. `rows`: {label: (name, sim_tokens)}."""
+    return {label + ", distilled" * taught:
+            [(name, 1.0 if name == "none" else v_t, sim_tokens, taught) for v_t in V_TS]
+            for taught in range(1 + distill) for label, (name, sim_tokens) in rows.items()}
+
+
+def time_steps(config, shape, table, args):
+    """{case: its seconds in each round, or why there are none}, in turns in one process. Without
+    those of PLAIN there is nothing to hold others against: its error is raised."""
+    seconds = {case: [] for case in (PLAIN, *sum(table.values(), []))}
+    step = stepper(config, shape, list(dict.fromkeys(case[0] for case in seconds)), args)
+
+    def seconds_of(case):
+        return timed(lambda: step(*case), args.device)[0]
+
+    for turn in tqdm(range(args.rounds + 1), unit="round", leave=False):
+        for case in seconds:
+            if isinstance(seconds[case], str):  # it has failed
+                continue
+            taken = seconds_of(case) if case == PLAIN else attempt(seconds_of, case)
+            if isinstance(taken, str):
+                seconds[case] = taken
+            elif turn:  # the first round warms up
+                seconds[case].append(taken)
+    return seconds
+
+
+def floor(case, config, shape, speeds):
+    """The least seconds of a step; `speeds` are `peaks`."""
+    name, v_t, sim_tokens, distill = case
+    similar = (sim_tokens or math.prod(shape)) * (name == "gum")
+    work, moved = least_work(config, v_t, shape, similar, distill)
+    return work / speeds[0] + moved / speeds[1]
+
+
+def ratios_of_steps(config, shape, table, seconds, speeds):
+    """{label: (what its steps take, their floors)}, both as ratios to PLAIN: at each of V_TS, then
+    over the schedule to 25 % and to 10 %."""
+    found, plain = {}, floor(PLAIN, config, shape, speeds)
+    for label, cases in table.items():
+        failed = [seconds[case] for case in cases if isinstance(seconds[case], str)]
+        ratios = [seconds[case] if isinstance(seconds[case], str) else
+                  np.median(np.divide(seconds[case], seconds[PLAIN])) for case in cases]
+        floors = [floor(case, config, shape, speeds) / plain for case in cases]
+        ratios += [failed[0] if failed else over_schedule(ratios, leftover)
+                   for leftover in (0.25, 0.1)]
+        floors += [over_schedule(floors, leftover) for leftover in (0.25, 0.1)]
+        found[label] = ratios, floors
+    return found
+
+
+def show_speeds(speeds):
+    print(speeds if isinstance(speeds, str) else
+          f"A large matrix product makes {speeds[0] / 1e12:.3g} TFLOP/s, a copy "
+          f"{speeds[1] / 1e9:.3g} GB/s.")
+
+
+def show_steps(config, shape, table, speeds, args):
+    """Time them; print what of the machine's operations `none` makes, and the table."""
+    seconds, (B, T) = time_steps(config, shape, table, args), shape
+    usual = np.median(seconds[PLAIN])
+    reached = least_work(config, 1.0, shape, 0, False)[0] / usual / speeds[0]
+    print(f"{args.model}, {B} x {T} tokens, {args.device}, {args.dtype}"
+          f"{', --compile' * args.compile}, {torch.get_num_threads()} threads, medians of "
+          f"{args.rounds} rounds.")
+    show_speeds(speeds)
+    print(f"A step of none takes {usual:.4g} s, its floor is "
+          f"{floor(PLAIN, config, shape, speeds):.4g} s; it makes {reached:.0%} of the TFLOP/s of "
+          "that product.\n")
+    print_head("a step's time, none = 1 (floor)", *(f"v_t = {v_t:g}" for v_t in V_TS), "1 to 0.25",
+               "1 to 0.1")
+    for label, pairs in ratios_of_steps(config, shape, table, seconds, speeds).items():
+        print_row(label, *(ratio if isinstance(ratio, str) else f"{ratio:.2f} ({least:.2f})"
+                           for ratio, least in zip(*pairs)))
+
+
+def show_peak_of_steps(peak, config):
+    matrices = 4 * sum(m * m for m in config.mlp_widths)
+    if any(isinstance(one, str) for one in peak):
+        none, gum = (one if isinstance(one, str) else f"{one / 1e9:.3g} GB" for one in peak)
+        print(f"Peak memory: none: {none}; gum: {gum}.")
+    else:
+        none, gum = peak
+        print(f"Peak memory: none {none / 1e9:.3g} GB, gum {gum / 1e9:.3g} GB, of which the "
+              f"similarity's matrices {matrices / 1e9:.3g} GB: {gum / (none + matrices):.0%} of "
+              "the two together.")
+
+
 def steps(args):
     """Time training steps by each method, in turns in one process, as ratios to plain fine-tuning,
     with their floors."""
     if args.compile and args.gradient_checkpointing:
         raise ValueError("--compile and --gradient-checkpointing do not go together")
-    shape = SHAPES.get(args.model)
-    config = read_config(args.model) if shape is None else GPTConfig(**shape)
-    B, T = shape = args.batch_size, min(args.block_size, config.n_positions)
-    plain, seconds = ("none", 1.0, None, 0), {}  # none, undistilled
-    peak = [peak_memory(args.device, some_steps, config, shape, name, args) / 1e9
-            for name in ("none", "gum")]
+    config = config_of(args.model)
+    shape = args.batch_size, min(args.block_size, config.n_positions)
+    peak = peak_of_steps(config, shape, args)
     rows = {name: (name, None) for name in ROWS}
     if args.sim_tokens:
         rows[f"gum, {args.sim_tokens} tokens for the similarity"] = "gum", args.sim_tokens
-    cases = {label + ", distilled" * distill:
-             [(name, 1.0 if name == "none" else v_t, sim_tokens, distill) for v_t in V_TS]
-             for distill in range(1 + args.distill) for label, (name, sim_tokens) in rows.items()}
-    step = stepper(config, shape, list(ROWS), args)
-    for turn in tqdm(range(args.rounds + 1), unit="round", leave=False):
-        for case in dict.fromkeys(sum(cases.values(), [])):
-            taken = timed(lambda: step(*case), args.device)[0]
-            if turn:  # the first round warms up
-                seconds.setdefault(case, []).append(taken)
-    multiplied, copied = peaks(args.device, getattr(torch, args.dtype))
-
-    def floor(name, v_t, sim_tokens, distill):
-        """The least seconds of a step."""
-        similar = (sim_tokens or B * T) * (name == "gum")
-        work, moved = least_work(config, v_t, shape, similar, distill)
-        return work / multiplied + moved / copied
-
-    usual = np.median(seconds[plain])
-    reached = least_work(config, 1.0, shape, 0, False)[0] / usual / multiplied
-    print(f"{args.model}, {B} x {T} tokens, {args.device}, {args.dtype}, "
-          f"{torch.get_num_threads()} threads, medians of {args.rounds} rounds.\n"
-          f"A large matrix product makes {multiplied / 1e12:.3g} TFLOP/s, a copy "
-          f"{copied / 1e9:.3g} GB/s.\nA step of none takes {usual:.4g} s, its floor is "
-          f"{floor(*plain):.4g} s; it makes {reached:.0%} of the TFLOP/s of that product.\n")
-    columns = [f"v_t = {v_t:g}" for v_t in V_TS] + ["1 to 0.25", "1 to 0.1"]
-    print(f"| a step's time, none = 1 (floor) | {' | '.join(columns)} |")
-    print("| --- " * (len(columns) + 1) + "|")
-    for label, of_row in cases.items():
-        ratios = [np.median(np.divide(seconds[case], seconds[plain])) for case in of_row]
-        floors = [floor(*case) / floor(*plain) for case in of_row]
-        for costs in (ratios, floors):
-            costs += [over_schedule(costs, leftover) for leftover in (0.25, 0.1)]
-        cells = [f"{ratio:.2f} ({least:.2f})" for ratio, least in zip(ratios, floors)]
-        print(f"| {label} | {' | '.join(cells)} |")
-    matrices = 4 * sum(m * m for m in config.mlp_widths) / 1e9
-    print("\nPeak memory: " + ("this system does not say." if math.isnan(peak[0]) else
-          f"none {peak[0]:.3g} GB, gum {peak[1]:.3g} GB, of which the similarity's matrices "
-          f"{matrices:.3g} GB: {peak[1] / (peak[0] + matrices):.0%} of the two together."))
+    speeds = peaks(args.device, getattr(torch, args.dtype))
+    show_steps(config, shape, cases_of(rows, args.distill), speeds, args)
+    print()
+    show_peak_of_steps(peak, config)
 
 
 # Reading and writing.
@@ -248,70 +368,286 @@ def in_transformers(paths, device, dtype):
                 for path in (*paths, padded)]
 
 
+def multiple(device, dtype):
+    """What widths are rounded up to a multiple of, with zero neurons, before they are timed: 64 is
+    what NVIDIA recommends for matrix products in 16 bits."""
+    return 64 if device != "cpu" and dtype == torch.bfloat16 else 1
+
+
+def ready(model, device, dtype):
+    """`model` as it is timed."""
+    if multiple(device, dtype) > 1:
+        shrink(model, multiple(device, dtype))
+    return model.to(device, dtype)
+
+
 def load_and_generate(path, device, dtype, shape, new):
-    model = GPT.from_pretrained(path).to(device, dtype)
+    model = ready(GPT.from_pretrained(path), device, dtype)
     read_and_write(model, torch.zeros(shape, dtype=torch.long, device=device), new)
 
 
-def least_of_token(model, B, T, new):
+def least_of_token(config, B, T, new, dtype):
     """What a token takes: operations to read it among B sequences of T, bytes to write it as one of
     `new` after them. All weights are read once for B, but for other positions' embeddings."""
-    (blocks, head), config = operations(model.config, T), model.config
+    blocks, head = operations(config, T)
     keys = sum(min(window or math.inf, T + new / 2) for window in config.windows)
-    cached = 2 * config.n_embd * keys * model.wte.weight.element_size()
-    weights = sum(p.nbytes for p in model.parameters()) - model.wpe.weight.nbytes
-    return blocks + head / T, weights / B + cached
+    numbers = weights(config) / B + 2 * config.n_embd * keys
+    return blocks + head / T, numbers * dtype.itemsize
+
+
+def allowed(configs, B, T, new, dtype):
+    """How many times as fast as the first of `configs` each can be, by counting: [model, prefill or
+    decode]."""
+    least = np.array([least_of_token(config, B, T, new, dtype) for config in configs])
+    return least[0] / least
+
+
+def lengths(config):
+    """How many tokens are read, and written."""
+    return min(256, config.n_positions // 2), min(32, config.n_positions // 4)
+
+
+def batches(device):
+    """How many sequences at once. A few keep no GPU busy."""
+    return (1, 8) if device == "cpu" else (1, 8, 64, 256)
+
+
+def in_turns(read, models, B, T, new, args):
+    """Tokens per second of each of `models`, and how many times as fast as the first it is: both
+    [model, prefill or decode]."""
+    idx = torch.randint(models[0].config.vocab_size, (B, T), device=args.device)
+    seconds = np.array([[read(model, idx, new) for model in models]
+                        for _ in range(args.rounds + 1)])[1:]  # the first round warms up
+    return 1 / np.median(seconds, 0), np.median(seconds[:, :1] / seconds, 0)
+
+
+def show_widths(args):
+    n = multiple(args.device, getattr(torch, args.dtype))
+    print("Widths are timed as they are." if n == 1 else
+          f"Widths are timed rounded up to multiples of {n} with zero neurons, as suits bfloat16 "
+          "on a GPU: the same function. What is allowed is counted without them.")
+
+
+def show_overhead(short):
+    """`short`: the batches at which decode was far from what bytes allow."""
+    if short:
+        print(f"Decode at batch {', '.join(map(str, short))} is far from what bytes allow: most "
+              "likely, time goes into starting operations, of which dense and pruned have as many.")
+
+
+def show_generation(paths, peak, args):
+    """The table of one run, `paths` of its dense model and its own."""
+    dtype, configs = getattr(torch, args.dtype), [read_config(path) for path in paths]
+    T, new = lengths(configs[1])
+    models, short = [ready(GPT.from_pretrained(path), args.device, dtype) for path in paths], []
+    print(f"\n{paths[1]} against {paths[0]}: tokens per second, {T} read and {new} written, "
+          f"medians of {args.rounds} rounds\n"
+          f"{'':20}{'dense':>12}{'this':>12}{'ratio':>9}{'allowed':>9}{'reached':>9}")
+    for B in batches(args.device):
+        found = attempt(in_turns, read_and_write, models, B, T, new, args)
+        if isinstance(found, str):
+            print(f"{f'batch {B}':20} {found}")
+            continue
+        speeds, ratios = found
+        most = allowed(configs, B, T, new, dtype)
+        for i, what in enumerate(("prefill", "decode")):
+            ratio, reached = ratios[1, i], ratios[1, i] / most[1, i]
+            print(f"{f'{what}, batch {B}':20}{speeds[0, i]:12,.0f}{speeds[1, i]:12,.0f}"
+                  f"{ratio:8.2f}x{most[1, i]:8.2f}x{reached:9.0%}")
+        if B <= 8 and reached < 0.9:  # decode's
+            short.append(B)
+    show_overhead(short)
+    del models
+    free()
+    if args.transformers:
+        show_in_transformers(paths, T, new, args)
+    files = [[*path.glob("*.safetensors")] or [*path.glob("*.bin")] for path in paths]
+    sizes = [sum(file.stat().st_size for file in of_model) for of_model in files]
+    for what, pair in ("peak memory, batch 8", peak), ("file size", sizes):
+        words = dict.fromkeys(one for one in pair if isinstance(one, str))
+        print(f"{what:20}" + (f" {'; '.join(words)}" if words else "{:9,.1f} MB{:9,.1f} MB{:8.2f}x"
+                              .format(pair[0] / 1e6, pair[1] / 1e6, pair[1] / pair[0])))
+    if awkward := [k for k in configs[1].mlp_widths if k % 8]:
+        print(f"widths {', '.join(map(str, awkward))} are awkward for most devices: "
+              "shrink(model, multiple_of=8) of prune.py adds zero neurons up to a multiple of "
+              "8; the model computes the same")
+
+
+def show_in_transformers(paths, T, new, args):
+    models = in_transformers(paths, args.device, getattr(torch, args.dtype))
+    print(f"in transformers{'dense':>17}{'this':>12}{'ratio':>9}{'padded':>12}{'ratio':>9}")
+    for B in batches(args.device):
+        found = attempt(in_turns, read_and_write_hf, models, B, T, new, args)
+        if isinstance(found, str):
+            print(f"{f'batch {B}':20} {found}")
+            continue
+        speeds, ratios = found
+        for i, what in enumerate(("prefill", "decode")):
+            print(f"{f'{what}, batch {B}':20}{speeds[0, i]:12,.0f}" + "".join(
+                f"{speeds[n, i]:12,.0f}{ratios[n, i]:8.2f}x" for n in (1, 2)))
 
 
 def generation(args):
     """Time each run's model against its dense one, in turns in one process, beside what counting
     allows."""
-    dtype = getattr(torch, args.dtype)
+    pairs, dtype = [], getattr(torch, args.dtype)
     for run in map(measure.read_model, args.runs):
         dense = measure.dense_run(run, args.dense)
         if dense is None:
             raise ValueError(f"{run.path} has no dense model beside it to compare with: name one "
                              "with --dense DIR")
-        paths = [dense.path, run.path]
-        models = [GPT.from_pretrained(path).to(args.device, dtype) for path in paths]
-        longest = models[1].config.n_positions
-        T, new = min(256, longest // 2), min(32, longest // 4)
-        print(f"\n{run.path} against {dense.path}: tokens per second, {T} read and {new} written, "
-              f"medians of {args.rounds} rounds\n"
-              f"{'':20}{'dense':>12}{'this':>12}{'ratio':>9}{'allowed':>9}{'reached':>9}")
-        for B in (1, 8):
-            idx = torch.randint(models[0].config.vocab_size, (B, T), device=args.device)
-            seconds = np.array([[read_and_write(model, idx, new) for model in models]
-                                for _ in range(args.rounds + 1)])[1:]  # the first round warms up
-            speeds = 1 / np.median(seconds, 0)  # [dense or this, prefill or decode]
-            ratios = np.median(seconds[:, 0] / seconds[:, 1], 0)
-            allowed = np.divide(*(least_of_token(model, B, T, new) for model in models))
-            for i, what in enumerate(("prefill", "decode")):
-                print(f"{f'{what}, batch {B}':20}{speeds[0, i]:12,.0f}{speeds[1, i]:12,.0f}"
-                      f"{ratios[i]:8.2f}x{allowed[i]:8.2f}x{ratios[i] / allowed[i]:9.0%}")
-        if args.transformers:
-            models = in_transformers(paths, args.device, dtype)
-            print(f"in transformers{'dense':>17}{'this':>12}{'ratio':>9}{'padded':>12}{'ratio':>9}")
-            for B in (1, 8):
-                idx = torch.randint(models[0].config.vocab_size, (B, T), device=args.device)
-                seconds = np.array([[read_and_write_hf(model, idx, new) for model in models]
-                                    for _ in range(args.rounds + 1)])[1:]
-                speeds = 1 / np.median(seconds, 0)  # [dense, this or padded; prefill or decode]
-                ratios = np.median(seconds[:, :1] / seconds, 0)
-                for i, what in enumerate(("prefill", "decode")):
-                    print(f"{f'{what}, batch {B}':20}{speeds[0, i]:12,.0f}" + "".join(
-                        f"{speeds[n, i]:12,.0f}{ratios[n, i]:8.2f}x" for n in (1, 2)))
-        files = [[*path.glob("*.safetensors")] or [*path.glob("*.bin")] for path in paths]
-        sizes = [sum(file.stat().st_size for file in of_model) for of_model in files]
-        peak = [peak_memory(args.device, load_and_generate, path, args.device, dtype, (8, T), new)
-                for path in paths]
-        for what, (before, after) in (("peak memory, batch 8", peak), ("file size", sizes)):
-            print(f"{what:20}" + (" this system does not say" if math.isnan(before) else
-                  f"{before / 1e6:9,.1f} MB{after / 1e6:9,.1f} MB{after / before:8.2f}x"))
-        if awkward := [k for k in models[1].config.mlp_widths if k % 8]:
-            print(f"widths {', '.join(map(str, awkward))} are awkward for most devices: "
-                  "shrink(model, multiple_of=8) of prune.py adds zero neurons up to a multiple of "
-                  "8; the model computes the same")
+        pairs.append((dense.path, run.path))
+    at = [lengths(read_config(path)) for _, path in pairs]
+    peak = [[peak_memory(args.device, load_and_generate, path, args.device, dtype, (8, T), new)
+             for path in paths] for paths, (T, new) in zip(pairs, at)]
+    show_widths(args)
+    for paths, of_pair in zip(pairs, peak):
+        show_generation(paths, of_pair, args)
+        free()
+
+
+# The report.
+
+
+def first_line(*command):
+    """Of what a command prints, or "unknown"."""
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True,
+                              cwd=Path(__file__).parent).stdout
+        return said.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
+
+
+def show_machine(device):
+    cpu = Path("/proc/cpuinfo")  # on Linux
+    names = re.findall(r"model name\s*: (.+)", cpu.read_text() if cpu.exists() else "")
+    memory = "memory unknown"
+    if hasattr(os, "sysconf"):  # not on Windows
+        memory = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.3g} GB"
+    print(f"- CPU: {(names or [platform.processor() or platform.machine()])[0]}, "
+          f"{os.cpu_count()} cores, {memory}; {torch.get_num_threads()} threads are used")
+    if device != "cpu":
+        gpu = torch.cuda.get_device_properties(device)
+        driver = first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        print(f"- GPU: {gpu.name}, {gpu.total_memory / 1e9:.3g} GB, {gpu.multi_processor_count} "
+              f"multiprocessors, compute capability {gpu.major}.{gpu.minor}\n"
+              f"- driver {driver}, CUDA {torch.version.cuda or torch.version.hip}")
+    print(f"- torch {torch.__version__}, Python {platform.python_version()}, "
+          f"{platform.platform()}\n"
+          f"- this code: {first_line('git', 'describe', '--always', '--dirty')}")
+
+
+def narrowed(config, share, alike):
+    """`config` with this share of its neurons: of each layer, or as GUM leaves them (README), 20
+    times as many in the first layer as in the last."""
+    falling = np.ones(config.n_layer) if alike else np.geomspace(20, 1, config.n_layer)
+    shares = share * falling / falling.mean()
+    return replace(config, mlp_widths=[max(1, round(m * of_layer)) for m, of_layer in
+                                       zip(config.mlp_widths, shares.tolist())])
+
+
+def show_shapes(config, args):
+    """How fast narrower models of random weights read and write, against `config`'s."""
+    dtype, (T, new), short = getattr(torch, args.dtype), lengths(config), []
+    shapes = {f"{share:.0%}, {how}": narrowed(config, share, how == "all layers alike")
+              for share in (0.25, 0.1) for how in ("all layers alike", "as GUM leaves it")}
+    configs, models = [config, *shapes.values()], []
+    for one in configs:
+        with torch.device(args.device):
+            model = GPT(replace(one))  # a copy, for to be rounded up changes it
+        models.append(ready(model, args.device, dtype))
+    print(f"{args.model}, {T} tokens read and {new} written, {args.dtype}, medians of "
+          f"{args.rounds} rounds. As GUM leaves it: {' '.join(map(str, configs[2].mlp_widths))} "
+          f"neurons, and {' '.join(map(str, configs[4].mlp_widths))}.")
+    show_widths(args)
+    print()
+    print_head("times as fast as dense (allowed)", "dense, tokens/s", *shapes)
+    for B in batches(args.device):
+        found = attempt(in_turns, read_and_write, models, B, T, new, args)
+        most = allowed(configs, B, T, new, dtype)
+        for i, what in enumerate(("prefill", "decode")):
+            cells = [found] * len(configs)
+            if not isinstance(found, str):
+                speeds, ratios = found
+                cells = [f"{speeds[0, i]:,.0f}", *(f"{ratio:.2f} ({could:.2f})" for ratio, could in
+                                                   zip(ratios[1:, i], most[1:, i]))]
+                if what == "decode" and B <= 8 and (ratios[1:, i] < 0.9 * most[1:, i]).any():
+                    short.append(B)
+            print_row(f"{what}, batch {B}", *cells)
+    print()
+    show_overhead(short)
+
+
+def fine_pruned(device, dtype, steps=20):
+    """The losses of so many steps of fine-pruning a small model by GUM to a quarter, from the same
+    start on any device, and which neurons are left: [steps], bool [N]."""
+    torch.manual_seed(0)
+    how = SimpleNamespace(**LEARNING | dict(eps=1e-4), device=device, dtype="float32", lr=1e-3,
+                          mask_lr=1e-2)
+    model = GPT(GPTConfig(**TINY)).to(device, dtype)
+    pruner, losses = Pruner(model, "gum", 0.25, steps), []
+    optimizer = make_optimizer(model, pruner, how)
+    for step in range(1, steps + 1):
+        tokens = torch.randint(20, (8, 65))  # of 257: there is something to learn
+        batch = tokens[:, :-1], tokens[:, 1:], torch.ones(8, 64, dtype=torch.bool)
+        micro = data.micro_batches(batch, device)
+        losses.append(fine_prune(model, pruner, optimizer, micro, step, how)[1])
+    kept = top_v(pruner.scores.detach(), len(pruner.scores) // 4)
+    return torch.stack(losses).double().cpu(), kept.cpu()
+
+
+def show_agreement(device):
+    """Whether a GPU prunes as the CPU does, beside what rounding alone changes."""
+    ours = fine_pruned("cpu", torch.float32)
+    pairs = {"CPU, float32 against float64": (ours, fine_pruned("cpu", torch.float64))}
+    if device == "cpu":
+        print("There is no GPU to compare with the CPU. What rounding alone changes:\n")
+    else:
+        pairs[f"float32, {device} against CPU"] = fine_pruned(device, torch.float32), ours
+    print_head("20 steps of GUM on a small model", "largest difference of losses",
+               "other neurons kept")
+    for label, ((losses, kept), (losses_there, kept_there)) in pairs.items():
+        print_row(label, f"{(losses - losses_there).abs().max():.1e}",
+                  f"{(kept & ~kept_there).sum()} of {kept.sum()}")
+
+
+def section(title, show, *args):
+    """A part of the report. Where it fails, it says why."""
+    print(f"\n## {title}\n", flush=True)
+    try:
+        show(*args)
+    except Exception as error:
+        print(f"\n{why(error)}")
+    free()
+
+
+def report(args):
+    """Measure what matters on this machine, and print it as markdown, to paste into an issue. Made
+    to take some ten minutes on a GPU; on a CPU it is of a small model, and takes one or two."""
+    small = dict(model="tiny", batch_size=32, block_size=64, dtype="float32")
+    usual = dict(model="gpt2", batch_size=16, block_size=1024, dtype="bfloat16")
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    args = SimpleNamespace(**(small if args.device == "cpu" else usual) | given, accumulate=1,
+                           distill=True, compile=False, gradient_checkpointing=False)
+    config = config_of(args.model)
+    shape = args.batch_size, min(args.block_size, config.n_positions)
+    table = cases_of({name: (name, None) for name in ("none", "topv", "gum")}, args.distill)
+    peak = peak_of_steps(config, shape, args)
+    print("# How fast pruning is here\n\n`"
+          + shlex.join(["python", "-m", "results.bench", *sys.argv[1:]]) + "`")
+    section("Machine", show_machine, args.device)
+    speeds = attempt(peaks, args.device, getattr(torch, args.dtype))
+    section(f"Speed in {args.dtype}", show_speeds, speeds)
+    if isinstance(speeds, str):
+        speeds = math.nan, math.nan  # nor are there floors, then
+    section("Memory of a step", show_peak_of_steps, peak, config)
+    section("Training", show_steps, config, shape, table, speeds, args)
+    if args.device != "cpu":
+        compiled = SimpleNamespace(**vars(args) | dict(compile=True))
+        section("Training, compiled", show_steps, config, shape, table, speeds, compiled)
+    section("Reading and writing", show_shapes, config, args)
+    section("GPU against CPU", show_agreement, args.device)
 
 
 def number(about, default=None):
@@ -331,11 +667,17 @@ FLAGS = dict(
         gradient_checkpointing=Flag(None, "as in train.py"), **MACHINE),
     generation=dict(
         runs=measure.RUNS, dense=measure.DENSE, **MACHINE,
-        transformers=Flag(None, "the same in transformers, at true widths and padded")))
+        transformers=Flag(None, "the same in transformers, at true widths and padded")),
+    report=dict(
+        model=Flag(str, "whose shape to give to random weights (default: gpt2; CPU: tiny)"),
+        batch_size=number("sequences per step (default: 16; CPU: 32)"),
+        block_size=number("tokens per sequence (default: 1024; CPU: 64)"),
+        **MACHINE | dict(dtype=Flag(("float32", "bfloat16"), "of the matrix products (default: "
+                                    "bfloat16; CPU: float32)"))))
 
 
 def main():
-    cli.call(*cli.command_line((steps, generation), FLAGS, __doc__))
+    cli.call(*cli.command_line((steps, generation, report), FLAGS, __doc__))
 
 
 if __name__ == "__main__":

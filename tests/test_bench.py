@@ -46,6 +46,10 @@ def test_the_least_work_of_a_step_the_peaks_and_the_mean_over_the_schedule(monke
     assert work == 120 * (3 * student + teacher + 12**2 + 8**2)
     monkeypatch.setattr(bench, "timed", lambda task, device: (2.0, None))
     assert bench.peaks("cpu", torch.float32) == (2 * 2048**3 / 2, 2 * 4 * 2**25 / 2)
+    held = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    held += -model.wpe.weight.numel() + 2 * 2 * 16 * 24  # a cache: 2 layers, keys and values
+    read, written = bench.least_of_token(full, 1, 20, 8, torch.bfloat16)
+    assert read == bench.operations(full, 20)[0] + 2 * 16 * 257 / 20 and written == 2 * held
     for v in (0.1, 0.25):  # a tenth of it at 1, 3 tenths at v, a cubic between, its mean 1/4
         expected = v + (1 - v) * (0.1 + 0.6 / 4)
         assert bench.over_schedule(list(bench.V_TS), v) == pytest.approx(expected, rel=0.01)
@@ -78,6 +82,28 @@ def test_peak_memory_is_the_tasks_own_also_where_the_parent_has_used_more():
     assert 0.9 * weights < bench.peak_memory("cpu", bench.load_and_generate, *how) < 5 * weights
 
 
+def test_all_memory_is_measured_before_this_process_takes_any(monkeypatch):
+    # What it had on a GPU, the process that is measured could not have.
+    save("dense", widths=(64, 64))
+    save("pruned", widths=(6, 6))
+    taken = []
+    for name in ("ready", "stepper", "peaks", "peak_memory"):
+        def noted(*args, name=name, real=getattr(bench, name)):
+            taken.append(name)
+            return dict(peak_memory="not known", peaks=(1.0, 1.0)).get(name) or real(*args)
+        monkeypatch.setattr(bench, name, noted)
+    monkeypatch.setattr(bench, "show_agreement", print)  # it takes long
+    flags = "--model dense --batch-size 2 --block-size 16".split()
+    for command in (["generation", "pruned", "pruned", "--dense", "dense"], ["steps", *flags],
+                    ["report", *flags]):
+        taken.clear()
+        main(*command, "--rounds", 1)
+        first = taken.count("peak_memory")
+        assert first == (4 if command[0] == "generation" else 2) < len(taken)
+        assert set(taken[:first]) == {"peak_memory"}
+    torch.set_flush_denormal(False)
+
+
 def test_generation_shows_what_is_reached_of_what_counting_allows(capsys, monkeypatch):
     save("dense", widths=(64, 64))
     save("pruned", widths=(6, 6))
@@ -95,6 +121,33 @@ def test_generation_shows_what_is_reached_of_what_counting_allows(capsys, monkey
                                  f"{after / before:.2f}x").split()
     assert rows["peak memory, batch 8"] == "5.0 MB 6.0 MB 1.20x".split()
     assert "widths 6, 6 are awkward" in lines[-1] and "multiple_of=8" in lines[-1]
+    assert "timed as they are" in lines[0]
+
+
+def test_a_gpu_in_bfloat16_gets_widths_that_suit_it_and_the_same_function(capsys, monkeypatch):
+    bfloat16, float32 = torch.bfloat16, torch.float32
+    assert [bench.multiple(*how) for how in (("cuda:1", bfloat16), ("cuda", float32),
+                                             ("cpu", bfloat16))] == [64, 1, 1]
+    assert bench.batches("cpu") == (1, 8) and max(bench.batches("cuda")) > 8
+    monkeypatch.setattr(bench, "multiple", lambda device, dtype: 64)
+    monkeypatch.setattr(bench, "peak_memory", lambda *_: 1.0)
+    idx = torch.randint(257, (2, 9))
+    model = tiny(widths=(70, 6)).float()
+    wanted = model(idx)[0]
+    ready = bench.ready(model, "cpu", float32)
+    assert [block.mlp.c_fc.out_features for block in ready.h] == [128, 64]
+    torch.testing.assert_close(ready(idx)[0], wanted)
+    save("dense", widths=(640, 640))
+    save("pruned", widths=(70, 6))
+    main("generation", "pruned", "--dense", "dense", "--rounds", 1)
+    out = capsys.readouterr().out
+    assert "multiples of 64 with zero neurons" in out and "widths 70, 6 are awkward" in out
+    # What is allowed is counted without them.
+    dense, pruned = (16 * (4 * 16 * 2 + 2 * m + 257) for m in (1280, 76))
+    cache = 2 * 2 * 16 * (64 + 32 / 2)
+    (decode,) = (line.split() for line in out.splitlines() if line.startswith("decode, batch 1"))
+    most = (dense + cache) / (pruned + cache)
+    assert float(decode[-2].strip("x")) == pytest.approx(most, abs=0.01)
 
 
 def test_steps_are_timed_with_and_without_a_teacher(capsys, monkeypatch):
@@ -109,13 +162,133 @@ def test_steps_are_timed_with_and_without_a_teacher(capsys, monkeypatch):
     assert [row[0] for row in rows] == [*names, *(f"{name}, distilled" for name in names)]
     assert all(len(row) == 7 for row in rows) and rows[0][1] == "1.00 (1.00)"
     assert rows[4][3].split("(")[1] < "1" <= rows[5][1].split("(")[1]  # floors, also a teacher's
-    assert "0.2 TFLOP/s, a copy 30 GB/s" in out and "memory: this system does not say" in out
+    assert "0.2 TFLOP/s, a copy 30 GB/s" in out and "gum: this system does not say" in out
     torch.set_flush_denormal(False)
+
+
+SECTIONS = ("Machine", "Speed in float32", "Memory of a step", "Training", "Reading and writing",
+            "GPU against CPU")
+
+
+def report(capsys):
+    """The report's sections by title, and the cells of their tables, as numbers."""
+    save("small")
+    main(*"report --model small --batch-size 2 --block-size 16 --rounds 1".split())
+    torch.set_flush_denormal(False)
+    head, *parts = re.split(r"^## ", capsys.readouterr().out, flags=re.MULTILINE)
+    assert "`python -m results.bench report --model small --batch-size 2" in head
+    return dict(part.split("\n", 1) for part in parts)
+
+
+def cells(part):
+    """The rows of its table, below the head: {label: cells}."""
+    _, _, *rows = [line.strip("| ").split(" | ") for line in part.splitlines() if line[:1] == "|"]
+    return {label: of_row for label, *of_row in rows}
+
+
+def test_the_report_has_a_number_wherever_one_belongs(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "peak_memory", lambda *_: 3e9)
+    monkeypatch.setattr(bench, "peaks", lambda device, dtype: (2e11, 3e10))
+    parts = report(capsys)
+    assert tuple(parts) == SECTIONS
+    assert f"torch {torch.__version__}" in parts["Machine"]
+    assert f"{torch.get_num_threads()} threads" in parts["Machine"]
+    assert "0.2 TFLOP/s, a copy 30 GB/s" in parts["Speed in float32"]
+    assert "none 3 GB, gum 3 GB" in parts["Memory of a step"]
+    assert re.search(r"makes [\d.]+% of the TFLOP/s", parts["Training"])
+    training, reading = cells(parts["Training"]), cells(parts["Reading and writing"])
+    assert [*training] == ["none", "topv", "gum", "none, distilled", "topv, distilled",
+                           "gum, distilled"]
+    assert [*reading] == [f"{what}, batch {B}" for B in (1, 8) for what in ("prefill", "decode")]
+    for row in (*training.values(), *(row[1:] for row in reading.values())):
+        assert len(row) in (6, 4)
+        assert all(re.fullmatch(r"\d+\.\d\d \(\d+\.\d\d\)", cell) for cell in row)
+    (differences,) = cells(parts["GPU against CPU"]).values()
+    assert "no GPU" in parts["GPU against CPU"]
+    assert float(differences[0]) < 1e-4 and re.fullmatch(r"\d+ of 512", differences[1])
+
+
+@pytest.mark.parametrize("broken, section", [
+    ("show_machine", 0), ("peaks", 1), ("peak_of_steps", None), ("stepper", 3), ("in_turns", 4),
+    ("fine_pruned", 5)])
+def test_a_part_of_the_report_that_fails_does_not_end_it(broken, section, capsys, monkeypatch):
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(bench, "peak_memory", lambda *_: "out of memory" if section is None else 1)
+    monkeypatch.setattr(bench, "peaks", lambda device, dtype: (2e11, 3e10))
+    if section is not None:
+        monkeypatch.setattr(bench, broken, fails)
+    if broken != "fine_pruned":
+        taught = bench.fine_pruned("cpu", torch.float32, 2)
+        monkeypatch.setattr(bench, "fine_pruned", lambda *_: taught)
+    parts = report(capsys)
+    assert tuple(parts) == SECTIONS
+    for title, part in parts.items():
+        assert ("out of memory" in part) == (title == SECTIONS[2 if section is None else section])
+        assert "failed" not in part
+
+
+def test_a_step_that_fails_is_words_in_its_cells(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "resource", None)
+    monkeypatch.setattr(bench, "peaks", lambda device, dtype: (2e11, 3e10))
+    real = bench.stepper
+
+    def stepper(*args):
+        step = real(*args)
+
+        def some(name, v_t, sim_tokens=None, distill=0):
+            if (name, v_t) == ("gum", 0.5):
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            if distill and name == "topv":
+                raise KeyError("a | b")
+            return step(name, v_t, sim_tokens, distill)
+
+        return some
+
+    monkeypatch.setattr(bench, "stepper", stepper)
+    save("small")
+    main(*"steps --model small --batch-size 2 --block-size 16 --rounds 1 --distill".split())
+    rows = cells(capsys.readouterr().out)
+    words = [cell == "out of memory" for cell in rows["gum"]]
+    assert words == [False, True, False, False, True, True]
+    assert set(rows["topv, distilled"]) == {"failed (KeyError: 'a / b')"}
+    assert all(re.match(r"\d", cell) for cell in rows["topv"] + rows["Global Top_v, distilled"])
+    torch.set_flush_denormal(False)
+
+
+def test_narrowed_shapes_keep_the_share_asked_for_and_fall_as_gums_do():
+    for share in (0.25, 0.1):
+        alike, falling = (bench.narrowed(GPTConfig(), share, how).mlp_widths for how in (1, 0))
+        assert set(alike) == {round(share * 3072)} and list(falling) == sorted(falling)[::-1]
+        assert sum(falling) == pytest.approx(share * 12 * 3072, abs=6) and falling[0] <= 3072
+        assert falling[0] / falling[-1] == pytest.approx(20, rel=0.02)
+
+
+def test_devices_are_compared_from_the_same_start(capsys):
+    bench.show_agreement("cpu:0")  # as if it were another
+    rows = cells(capsys.readouterr().out)
+    losses, kept = rows["float32, cpu:0 against CPU"]
+    assert float(losses) < 1e-4 and kept == "0 of 512" and len(rows) == 2
+    losses, kept = bench.fine_pruned("cpu", torch.float64)
+    assert losses.shape == (20,) and losses[-1] < losses[0] - 1  # it has learned
+    assert kept.sum() == 512 and len({int(layer.sum()) for layer in kept.split(512)}) > 1  # GUM's
+
+
+def test_differences_between_devices_are_counted(capsys, monkeypatch):
+    found = {"cpu": (torch.tensor([3.0, 2.0]), torch.tensor([True, True, False, False])),
+             "cuda": (torch.tensor([3.5, 2.25]), torch.tensor([True, False, False, True]))}
+    monkeypatch.setattr(bench, "fine_pruned", lambda device, dtype: found[device])
+    bench.show_agreement("cuda")
+    rows = cells(capsys.readouterr().out)
+    assert rows["float32, cuda against CPU"] == ["5.0e-01", "1 of 2"]
+    assert rows["CPU, float32 against float64"] == ["0.0e+00", "0 of 2"]
 
 
 @pytest.mark.parametrize("words,says", [
     ("generation small", "small --dense"), ("generation nowhere", "nowhere"), ("generation", "RUN"),
     ("steps --model nowhere", "nowhere config.json"), ("steps --rounds 0", "--rounds above"),
+    ("report --model nowhere", "nowhere config.json"),
     ("steps --compile --gradient-checkpointing", "--compile --gradient-checkpointing together")])
 def test_a_mistake_gets_one_line_and_status_2(words, says, capsys):
     save("small")
