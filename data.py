@@ -339,9 +339,13 @@ def wikisql_release(file, tables):
     """The rows of WikiSQL's own release: train.jsonl or dev.jsonl, with its `tables` beside it."""
     rows, tables = (map(json.loads, path.read_bytes().splitlines()) for path in (file, tables))
     headers = {table["id"]: table["header"] for table in tables}
-    for row in rows:
-        header = headers[row["table_id"]]
-        yield header, row["question"], to_sql(header, **row["sql"])
+    for number, row in enumerate(rows, 1):
+        try:
+            header = headers[row["table_id"]]
+            pair = header, row["question"], to_sql(header, **row["sql"])
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"row {number} makes no query: {error!r}") from error
+        yield pair
 
 
 def toysql(split):

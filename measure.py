@@ -151,7 +151,7 @@ def redundancy(Cs, tokens=math.inf, threshold=0.8, bins=10):
 # Runs, as `train.py` leaves them.
 
 
-FORMAT = 1  # of these files: raise it when what they hold changes
+FORMAT = 2  # of these files: raise it when what they hold changes
 
 
 def checksum(content):
@@ -239,9 +239,10 @@ def check_data(about, known, folder, way_out):
                              f", not from {here}: {way_out}")
 
 
-def find_dense(folders, settings, about=None):
+def find_dense(folders, settings, about=None, started=None):
     """The finished dense run in one of `folders` of the same data, model and seed as `settings`,
-    and most alike in all else; or None. `about`: what its data were, if that is known."""
+    and most alike in all else; or None. `about`, `started`: its data, and the `model_state` of what
+    it started from, if known."""
     def origin(settings):  # the same folder is the same model, however it was written
         return [os.path.realpath(settings.get("model", "")),
                 *map(settings.get, ("dataset", "data_config", "seed"))]
@@ -252,6 +253,7 @@ def find_dense(folders, settings, about=None):
             run = read_run(file.parent)
             if (run.settings["method"] == "none" and not run.settings["distill"]
                     and origin(run.settings) == origin(settings)
+                    and started in (None, run.metrics["started"])
                     and (about is None or hashes(about) == hashes(run.metrics["data"]))):
                 dense.append(run)
     return max(dense, default=None, key=lambda run: len(run.settings.items() & settings.items()))
@@ -261,7 +263,8 @@ def dense_run(run, folder):
     """The run in `folder`, or if that is None the dense one beside `run`, or None."""
     if folder or not run.metrics:
         return read_model(folder) if folder else None
-    return find_dense([run.path.parent], run.settings, run.metrics["data"])
+    started = None if run.settings["model"] == "tiny" else run.metrics["started"]
+    return find_dense([run.path.parent], run.settings, run.metrics["data"], started)
 
 
 # The first command. Those that compare runs are in results/compare.py, export in export.py there.
@@ -324,8 +327,9 @@ def evaluate(args):
         values = values | dict(leftover=ratio(sum(widths), sum(full)))
         shares = [k / max(m, 1) for k, m in zip(widths, full)]
         write_json(run.path / "measure.json", dict(
-            on=on._asdict(), data=about, dense=dense and dense.path.name, values=values,
-            ratios=ratios, widths=widths, leftover_per_layer=shares or None, counts=counts))
+            model=run.metrics.get("model"), on=on._asdict(), data=about,
+            dense=dense and dense.path.name, values=values, ratios=ratios, widths=widths,
+            leftover_per_layer=shares or None, counts=counts))
         if on.outputs:  # a line for each text; an empty line between groups of references
             groups = ("\n".join(filter(None, group)) for group in texts[1])
             for name, lines in (("outputs.txt", "\n".join(texts[0])),

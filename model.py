@@ -248,8 +248,7 @@ class GPT(nn.Module):
 
     def save_pretrained(self, folder, pad=False):
         """Write `config.json`, `generation_config.json` and `model.safetensors` into `folder`, in
-        Hugging Face's format, and where widths differ the code that transformers needs to load it;
-        none is ever torn.
+        Hugging Face's format, and where widths differ the code by which transformers loads it.
 
         `pad=True` fills every layer with zero neurons to the widest one's width: the same function,
         larger, which any Hugging Face loader reads.

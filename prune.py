@@ -313,18 +313,18 @@ class HeadLoss(torch.autograd.Function):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         exact, V = torch.promote_types(dtype, torch.float32), len(head)
-        # Tokens at a time: 0.25 GB of float32 logits, which on the way to their gradient take five
-        # times that, with a teacher nine times. On a CPU 32 MiB, for larger blocks of memory go
-        # back to the system after use.
+        # Tokens at a time: 0.25 GB of float32 logits; their gradient takes five times that, with a
+        # teacher nine. On a CPU 32 MiB, for larger blocks go back to the system after use.
         rows = max(128, 2 ** (26 if x.is_cuda else 23) // V // 128 * 128)
         extra = -V % ALIGNED.get(device, 1)
-        low = F.pad(head, (0, 0, 0, extra)).to(dtype) if extra else head.to(dtype)  # [V', d]
-        total = torch.zeros((), dtype=exact, device=x.device)
+
+        def aligned(head):  # [V, d] -> [V', d]
+            return F.pad(head.to(dtype), (0, 0, 0, extra)) if extra else head.to(dtype)
+
+        low, total = aligned(head), torch.zeros((), dtype=exact, device=x.device)
         grad_x, grad_head = torch.empty_like(x), torch.zeros_like(low, dtype=head.dtype)
         if teacher is not None:
-            taught_x, taught_head = teacher[0].to(dtype), teacher[1].to(dtype)
-            if extra:
-                taught_head = F.pad(taught_head, (0, 0, 0, extra))  # [V', d']
+            taught_x, taught_head = teacher[0].to(dtype), aligned(teacher[1])
         loss_of = compiled(token_loss) if getattr(how, "compile", False) else token_loss
         for start in range(0, len(x), rows):
             at, taught = slice(start, start + rows), None

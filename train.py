@@ -111,8 +111,8 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
     """
     folder, eval_every = Path(args.out), args.eval_every or max(steps // 5, 1)
     # Evaluating takes a third of a training step's time by token: so all takes a tenth at most.
-    share = eval_every * tokens_of(train_data, args.batch_size) // 5
-    eval_batches = min(max(share // 2048, 1), 64)  # of 2048 tokens
+    share = eval_every * args.batch_size * train_data.block_size // 5  # in tokens
+    eval_batches = min(max(share // 2048, 1), 64)
     pruner = Pruner(model, args.method, args.leftover, steps, args.scope, args.lambda_mvp,
                     args.lambda_gum, args.lambda_sim, args.tau, args.seed)
     optimizer = make_optimizer(model, pruner, args)
@@ -199,18 +199,13 @@ def told_by_first(function):
     return result[0]
 
 
-def tokens_of(examples, n):
-    """How many tokens `n` sequences have, on average."""
-    return n * examples.about["tokens"] // len(examples)
-
-
 def check_finite(progress, args):
     """Fetch loss and norm from the device; FloatingPointError if one is not a number."""
     progress.loss, progress.norm = float(progress.loss), float(progress.norm)
     if not math.isfinite(progress.loss + progress.norm):
         kept = f"; the checkpoint of step {progress.saved} is kept" * (progress.saved > 0)
         raise FloatingPointError(f"the loss is no longer a finite number at step {progress.step}"
-                                 f"{kept}; try less than --lr {args.lr:g}")
+                                 f"{kept}; try less than --lr {args.lr:g}, or milder settings")
 
 
 # A run's folder holds settings.json, log.jsonl and checkpoint.pt; at its end the model, its
@@ -288,6 +283,21 @@ def settings_of(args):
             ("out", "resume", "checkpoint_every", "log_every", "eval_every", "tensorboard")}
 
 
+def is_temporary(path):
+    """Whether `whole` names files so until they are in place."""
+    return re.fullmatch(r".+\.\d+\.tmp", path.name) and path.is_file()
+
+
+def check_settings(run, settings, way_out):
+    """ValueError if one of `settings` is another in `run`."""
+    different = [f"{name} is {run.settings.get(name)} there and {value} here"
+                 for name, value in settings.items() if run.settings.get(name) != value]
+    if different:
+        more = f", and {len(different) - 3} more" * (len(different) > 3)
+        raise ValueError(f"{run.path} has other settings ({', '.join(different[:3])}{more}): "
+                         f"{way_out}")
+
+
 def check_folder(args):
     """Whether the run in args.out is "new", "interrupted" or "finished"; ValueError if it can't go
     on there."""
@@ -295,17 +305,12 @@ def check_folder(args):
     found = measure.read_run(out) if out.is_dir() else None
     state = found.state if found else "new"
     if state == "new" and out.exists() and not (found and all(
-            name.endswith((".lock", ".tmp")) for name in os.listdir(out))):
-        raise ValueError(f"{out} exists and is no run's folder: name another with --out")
+            path.name == ".lock" or is_temporary(path) for path in out.iterdir())):
+        raise ValueError(f"{out} exists and is no run's folder: move it, or name another --out")
     if args.resume:
         if state == "new":
             raise ValueError(f"nothing to resume in {out}: run the command without --resume")
-        different = [f"{name} is {found.settings.get(name)} there and {value} here" for name, value
-                     in settings_of(args).items() if found.settings.get(name) != value]
-        if different:
-            more = f", and {len(different) - 3} more" * (len(different) > 3)
-            raise ValueError(f"{out} has other settings ({', '.join(different[:3])}{more}): resume "
-                             "it with its own command")
+        check_settings(found, settings_of(args), "resume it with its own command")
         return state
     if state == "finished":
         raise ValueError(f"{out} holds a finished run: name another with --out, or remove it")
@@ -327,21 +332,6 @@ def locked(folder, wait):
     except Timeout as error:
         taken = f"another process is at work in {folder}: wait, or name another --out"
         raise ValueError(taken) from error
-
-
-@contextmanager
-def stopping_signals():
-    """A list that Ctrl-C, or what asks a job to end, fills while it is open."""
-    stop, before = [], {}
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # Windows lacks the last two
-        one = getattr(signal, name, None)
-        if one and signal.getsignal(one) != signal.SIG_IGN:  # as nohup has it
-            before[one] = signal.signal(one, lambda *_: stop.append(True))
-    try:
-        yield stop
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
 
 
 def dense_for(args, flags):
@@ -381,13 +371,16 @@ def run(flags, implied=False):
     state, has_dense = told_by_first(
         lambda: (check_folder(args), (dense / "metrics.json").exists()))
     if state == "finished":
+        load_model(out, args)  # is it still the one that was made?
         return finished(out)
     if args.distill and not (args.teacher or has_dense or tiny):
         raise ValueError("--distill found no teacher: name one with --teacher, or first make it: "
                          f"{command_of(dense_flags)}")
 
-    # What can be wrong with the model, the data and the teacher is found here.
     source = dense if tiny and args.method != "none" else args.model
+    uses_dense = source == dense or args.distill and not args.teacher
+    if uses_dense and out.resolve() == dense.resolve():
+        raise ValueError(f"{out} is where its dense model goes: name another --out")
     model = load_model(args.model, args)
     vocab_size, n_positions = model.config.vocab_size, model.config.n_positions
     block_size = args.block_size or min(BLOCK_SIZE[args.dataset], n_positions)
@@ -410,7 +403,7 @@ def run(flags, implied=False):
                          f"train on, {len(train_data)}")
     if args.device == "cpu" and hasattr(os, "sysconf"):  # elsewhere torch itself tells
         # The least that activations take.
-        tokens = tokens_of(train_data, args.batch_size) / parts
+        tokens = args.batch_size / parts * about["train"]["tokens"] / len(train_data)
         least = 2 * tokens * sum(8 * model.config.n_embd + 2 * m for m in widths)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if least > memory and not args.gradient_checkpointing:
@@ -425,9 +418,16 @@ def run(flags, implied=False):
                              f"{known.n_positions}, not {vocab_size} and {block_size}")
     steps = args.steps or max(1, round(args.epochs * len(train_data) / args.batch_size))
     measure.check_data(about, told_by_first(lambda: about), "process 0", "give all the same")
-    uses_dense = source == dense or args.distill and not args.teacher
     if has_dense and uses_dense:
-        measure.check_data(about, measure.read_run(dense).metrics["data"], dense, START_OVER)
+        made = measure.read_run(dense)
+        measure.check_data(about, made.metrics["data"], dense, START_OVER)
+        usual = resolve(dense_flags)
+        if usual.out == str(dense):  # else it was found by what it is
+            own = {name: value for name, value in settings_of(usual).items() if name not in
+                   ("model", "data_path", *FLAGS["machine"])}
+            check_settings(made, own, START_OVER)
+        if not tiny and made.metrics["started"] != measure.model_state(model):
+            raise ValueError(f"{dense} started from another {args.model}: {START_OVER}")
     say(f"data: {train_data.about['source']}" + "".join(
         f"; {split}: {of['tokens']:,} tokens, sha256 {of['sha256'][:8]}"
         for split, of in about.items()))
@@ -439,7 +439,7 @@ def run(flags, implied=False):
         if (out / "checkpoint.pt").exists():
             measure.check_data(about, measure.read_run(out).settings["data"], out, START_OVER)
         if PROCESS == 0:
-            for left in out.glob("*.tmp"):  # by a process that was killed
+            for left in filter(is_temporary, out.iterdir()):  # by a process that was killed
                 left.unlink()
             measure.write_json(out / "settings.json", settings_of(args) | dict(data=about))
         if tiny and not has_dense and uses_dense:
@@ -452,7 +452,8 @@ def run(flags, implied=False):
             say(f"teacher: {args.teacher or dense}")
             teacher = (teacher or load_model(dense, args)).requires_grad_(False).eval()
 
-        with stopping_signals() as stop:
+        started = measure.model_state(model)
+        with cli.stopping_signals() as stop:
             done = train(args, steps, model, teacher, train_data, val_data, stop)
         del teacher
 
@@ -462,13 +463,13 @@ def run(flags, implied=False):
             theirs = None if tiny else download(hub) if hub else args.model
             write_tokenizer(out, theirs, vocab_size, n_positions)
             gpu = args.device != "cpu" and torch.cuda.get_device_name(args.device)
-            metrics = dict(settings=settings_of(args), command=command_of(flags), base_model=hub,
-                           data=about, log=done.log, model=measure.model_state(model),
-                           steps=steps, block_size=block_size,
-                           processes=PROCESSES, seconds=done.seconds, tokens=done.tokens,
-                           tokens_per_second=done.tokens / done.seconds,
-                           versions=dict(python=platform.python_version(), torch=torch.__version__),
-                           machine=gpu or platform.machine())
+            metrics = dict(
+                settings=settings_of(args), command=command_of(flags), base_model=hub, data=about,
+                log=done.log, started=started, model=measure.model_state(model), steps=steps,
+                block_size=block_size, processes=PROCESSES, seconds=done.seconds,
+                tokens=done.tokens, tokens_per_second=done.tokens / done.seconds,
+                versions=dict(python=platform.python_version(), torch=torch.__version__),
+                machine=gpu or platform.machine())
             models = load_model(source, args).eval(), load_model(out, args).eval()
             metrics |= compare(*models, val_data, args, autocast_of(args))
             draw_training(out, metrics)
@@ -554,7 +555,7 @@ ALL_FLAGS = {name: one for group in FLAGS.values() for name, one in group.items(
 def fail(message):
     """A user's mistake: one line, status 2."""
     who = f" in process {PROCESS} of {PROCESSES}" if PROCESSES > 1 else ""
-    print(f"train.py: error{who}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    print(f"train.py: error{who}: {cli.told(message)}", file=sys.stderr, flush=True)
     if PROCESSES > 1:  # an orderly end would wait for the others, who may wait for this one
         os._exit(2)
     sys.exit(2)
@@ -657,19 +658,6 @@ def join_processes(flags):
                             timeout=timedelta(hours=1))
 
 
-def show(metrics, folder):
-    """Print how a run has ended. It has, whether or not that can be printed."""
-    try:
-        report(metrics, folder)
-        print(end="", flush=True)
-    except OSError as error:
-        say(f"the model is in {folder}")
-        if isinstance(error, BrokenPipeError):  # as after `| head -1`
-            os._exit(0)
-        say(f"train.py: error: can't print: {error.strerror}")
-        os._exit(2)
-
-
 def main():
     flags = parse()
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -682,7 +670,7 @@ def main():
             join_processes(flags)
         metrics = run(flags)
         if PROCESS == 0:
-            show(metrics, resolve(flags).out)
+            report(metrics, resolve(flags).out)
         if PROCESSES > 1:
             dist.destroy_process_group()
     except (ValueError, OSError, FloatingPointError) as error:
@@ -698,7 +686,7 @@ def main():
     except KeyboardInterrupt as stopped:
         launcher = ["torchrun", f"--nproc_per_node={PROCESSES}"] if PROCESSES > 1 else ["python"]
         again = shlex.join([*launcher, *sys.argv, *["--resume"] * (not flags.resume)])
-        begun = (Path(resolve(flags).out) / "checkpoint.pt").exists()
+        begun = (Path(resolve(flags).out) / "settings.json").exists()
         say(f"\n{str(stopped) or 'stopped'}" + f"; go on with: {again}" * begun)
         sys.exit(130)
 

@@ -2,13 +2,12 @@
 is imported, which takes seconds; what a flag is; what becomes of mistakes."""
 
 import argparse
-import math
 import os
 import re
 import runpy
 import signal
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import MagicMock
@@ -24,6 +23,9 @@ def look(file, function):
     """Run the program in `file` with a stand-in for torch up to its `function` that reads the
     flags: no more is needed to find mistakes in them, which end the program, or to show --help.
     Ctrl-C until torch is imported ends it without a traceback."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed
+            setattr(sys, name, open(os.devnull, "w"))
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.modules |= dict.fromkeys(LATER, MagicMock())
     with suppress(Exception):
@@ -32,8 +34,8 @@ def look(file, function):
         sys.modules.pop(name, None)
 
 
-ABOVE_0, AT_LEAST_0, SHARE = "above 0 and finite", "at least 0", "in (0, 1]"
-RANGES = {ABOVE_0: lambda x: 0 < x < math.inf, AT_LEAST_0: lambda x: 0 <= x < math.inf,
+ABOVE_0, AT_LEAST_0, SHARE = "above 0, at most 1e12", "from 0 to 1e12", "in (0, 1]"
+RANGES = {ABOVE_0: lambda x: 0 < x <= 1e12, AT_LEAST_0: lambda x: 0 <= x <= 1e12,
           SHARE: lambda x: 0 < x <= 1, "in [0, 1)": lambda x: 0 <= x < 1,
           "from 0 to 2^31 - 1": lambda x: 0 <= x < 2**31}
 
@@ -110,6 +112,28 @@ def command_line(commands, flags, about):
     return commands[name], args, parser
 
 
+def told(error):
+    """What an exception or message says, in one line."""
+    if isinstance(error, OSError) and error.filename:  # from the system
+        error = f"can't use {error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def stopping_signals():
+    """A list that Ctrl-C, or what asks a job to end, fills while it is open."""
+    stop, before = [], {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # Windows lacks the last two
+        one = getattr(signal, name, None)
+        if one and signal.getsignal(one) != signal.SIG_IGN:  # as nohup has it
+            before[one] = signal.signal(one, lambda *_: stop.append(True))
+    try:
+        yield stop
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
 def call(command, args, parser):
     """Call it. A user's mistake is one line."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -119,6 +143,6 @@ def call(command, args, parser):
     except BrokenPipeError:  # as after `| head -1`
         os._exit(1)
     except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
+        parser.error(told(error))
     except KeyboardInterrupt:
         sys.exit(130)

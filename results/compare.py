@@ -6,10 +6,11 @@
 import csv
 import json
 import math
+import os
 import sys
 import textwrap
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -42,6 +43,8 @@ def read_runs(folders):
             run.settings[name] for name in ("method", "distill", "leftover"))
         if run.method not in METHODS:
             raise ValueError(f"{run.path} is by {run.method}, which is no method of prune.py")
+        if run.measures.get("model", run.metrics["model"]) != run.metrics["model"]:
+            raise ValueError(f"{run.path}/measure.json is of another run: measure this one")
         run.group = run.settings["dataset"], Path(run.settings["model"]).name
         run.settings["data"] = run.metrics["data"]["train"]["sha256"][:8]
         run.values = run.measures.get("values") or dict(
@@ -137,6 +140,19 @@ def compare(start, result, val_data, args, autocast):
 
 
 def report(metrics, folder):
+    """Print how a run has ended. It has, whether or not that can be printed."""
+    try:
+        show(metrics, folder)
+        print(end="", flush=True)
+    except OSError as error:
+        with suppress(OSError):
+            print(f"the model is in {folder}", file=sys.stderr)
+            if not isinstance(error, BrokenPipeError):  # which is nobody's mistake: `| head -1`
+                print(f"train.py: error: can't print: {error.strerror}", file=sys.stderr)
+        os._exit(0 if isinstance(error, BrokenPipeError) else 2)
+
+
+def show(metrics, folder):
     """Print a finished run as a table: the model it started from against the one it made."""
     start, result, method = metrics["start"], metrics["result"], metrics["settings"]["method"]
     before = "start" if method == "none" else "dense"

@@ -195,11 +195,15 @@ def export(args):
         raise ValueError(f"{out} exists and is not empty: name another folder with --out")
     run = read_model(args.runs[0])
     model = load_model(run.path)
-    write_tokenizer(out, run.path, model.config.vocab_size, model.config.n_positions)
-    if args.multiple_of:
-        shrink(model, args.multiple_of).save_pretrained(out)
-    else:
-        model.save_pretrained(out, pad=True)
-    if run.metrics:
-        write_card(out, run.metrics)
+    try:
+        write_tokenizer(out, run.path, model.config.vocab_size, model.config.n_positions)
+        if args.multiple_of:
+            shrink(model, args.multiple_of).save_pretrained(out)
+        else:
+            model.save_pretrained(out, pad=True)
+        if run.metrics:
+            write_card(out, run.metrics)
+    except BaseException:  # nothing half is left
+        shutil.rmtree(out, ignore_errors=True)
+        raise
     print(f"the padded model is in {out}")

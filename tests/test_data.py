@@ -571,6 +571,10 @@ MEANINGS = jsonl(*(dict(meaning_representation=n * "a", human_reference="de") fo
     case("HERE + validation split + holds no rows", "wikitext", {"validation.parquet": NO_ROWS}),
     case("HERE + validation split + holds no rows + validation.jsonl is empty", "samsum",
          {"validation.jsonl": b""}),
+    case("HERE + validation split + row 1 makes no query", "wikisql", ONE_TABLE | {
+        "dev.jsonl": A_ROW.replace(b'"1"', b'"2"', 1)}),
+    case("HERE + validation split + row 2 makes no query", "wikisql", ONE_TABLE | {
+        "dev.jsonl": A_ROW + b"\n" + A_ROW.replace(b'"sel": 0', b'"sel": 1')}),
     case("HERE + validation split + it has only train", "samsum", {"train.jsonl": b"{}"}),
     case("has 0 tokens, too few", "wikitext", {"validation.jsonl": jsonl({"text": ""})}),
     case("HERE + validation split + holds no rows", "samsum", {

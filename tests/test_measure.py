@@ -350,7 +350,7 @@ def fake(folder, method, leftover=0.5, seed=0, distill=False, value=None, real=N
         step=step, loss=9 / step, v_t=leftover, leftover=leftover, widths=widths)) + "\n"
         for step in range(1, 30)))
     files = dict(metrics=dict(
-        settings=settings, log=measure.log_state(log.read_bytes()),
+        settings=settings, log=measure.log_state(log.read_bytes()), model=seed, started=seed,
         data={split: dict(sha256=settings["dataset"] + split) for split in ("train", "validation")},
         start=dict(widths=[20, 20]), result=dict(val_perplexity=5.0 + seed),
         leftover=real or leftover, leftover_per_layer=[leftover] * 2))
@@ -358,7 +358,7 @@ def fake(folder, method, leftover=0.5, seed=0, distill=False, value=None, real=N
         values = dict(exact_match=value, perplexity=3.0, sensitivity=value, uniqueness=0.9,
                       span_uniqueness=None, leftover=leftover)
         counts = [[0] * 5 + [width] + [0] * 4 for width in widths]
-        files["measure"] = dict(values=values, ratios=values, counts=counts)
+        files["measure"] = dict(model=seed, values=values, ratios=values, counts=counts)
     for name, content in files.items():
         measure.write_json(Path(folder, f"{name}.json"), content)
 
@@ -495,7 +495,7 @@ def test_every_method_has_its_own_look_also_a_new_one(fakes, monkeypatch, capsys
 @pytest.mark.parametrize("words,says", [
     ("sample small --prompt x --dense unfinished", "unfinished finished --resume"), ("", "RUN"),
     ("small --dataset stdlib --device foo", "--device foo cpu"), ("sample small", "--prompt"),
-    ("small --dataset stdlib --examples -1", "--examples least"), ("small", "small --dataset"),
+    ("small --dataset stdlib --examples -1", "--examples from"), ("small", "small --dataset"),
     ("small --dataset stdlib --outputs", "--outputs stdlib"), ("figures fake", "measure.py fake"),
     ("small --dataset e2e --data-path nothing", "nothing"), ("table small", "small metrics.json"),
     ("small --dataset stdlib --block-size 999", "999 128"), ("sample small --prompt=", "prompt"),

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -118,6 +119,21 @@ def test_a_run_is_measured_on_its_own_data_or_others_that_are_named(capsys):
     assert json.loads(Path("run/measure.json").read_text())["on"]["data_path"] is None
 
 
+def test_measures_of_another_run_are_noticed(capsys):
+    fake("out/one", "topv", seed=1, value=0.5)
+    fake("out/two", "topv", seed=2, value=0.7)
+    shutil.copy("out/one/measure.json", "out/two/measure.json")
+    assert "out/two/measure.json is of another run" in refused(capsys, "table", "out/two")
+
+
+def test_a_file_that_only_ends_like_a_temporary_one_stays():
+    killed_run("in the middle of a step", FLAGS)
+    Path("run/notes.tmp").write_text("mine")
+    Path("run/config.json.123.tmp").write_text("left by a process that was killed")
+    run(f"{FLAGS} --resume")
+    assert Path("run/notes.tmp").read_text() == "mine" and len([*Path("run").glob("*.tmp")]) == 1
+
+
 def test_a_copy_of_a_run_is_no_other_seed(capsys):
     fake("out/one", "topv")
     shutil.copytree("out/one", "out/two")
@@ -175,6 +191,7 @@ def test_a_model_that_is_not_as_it_was_written_is_named(file, capsys):
     for words in ("run",), ("sample", "run", "--prompt", "x"):
         assert "run is damaged" in refused(capsys, *words, "--device", "cpu")
     assert_fails(capsys, "--out more --model run --device cpu", "the model in run is damaged")
+    assert_fails(capsys, f"{SMALL} {FLAGS} --resume", "the model in run is damaged")
     path.write_bytes(content)
     assert measure.load_model("run")
 
@@ -304,6 +321,13 @@ def test_ctrl_c_while_torch_is_imported_ends_it_without_a_word(command):
 
 
 TRAIN = f"train.py {SMALL} --dataset toysql --block-size 128 --steps 2 --out run"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="its shell has other words")
+def test_closed_streams_stop_no_run():
+    command = shlex.join([sys.executable, str(ROOT / "train.py"), *TRAIN.split()[1:]])
+    assert subprocess.run(["sh", "-c", f"{command} >&- 2>&-"]).returncode == 0
+    assert GPT.from_pretrained("run")
 
 
 def test_a_full_disk_behind_stdout_loses_no_run():

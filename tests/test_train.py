@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -402,6 +403,15 @@ def test_a_signal_that_is_ignored_stays_so():
         signal.signal(signal.SIGTERM, before)
 
 
+def test_ctrl_c_in_the_dense_run_says_how_to_go_on(capsys):
+    flags = TINY.replace("--steps 2", "--steps 5")
+    with pytest.MonkeyPatch.context() as patch:
+        hook(patch, *STEP, 3, lambda _: signal.raise_signal(signal.SIGINT))
+        status, line = program(capsys, flags)
+    assert status == 130 and line.endswith(f"; go on with: python train.py {flags} --resume")
+    assert program(capsys, f"{flags} --resume")[0] == 0
+
+
 def test_ctrl_c_while_the_end_is_written_says_how_to_go_on(capsys, monkeypatch):
     flags = f"{SMALL} --method topv --out run"
     with monkeypatch.context() as patch:
@@ -424,6 +434,43 @@ def test_another_model_or_teacher_than_a_run_began_with_is_noticed(flags, capsys
     assert contents("run") == before
     save_small(other)
     run(f"{flags} --out run --resume")
+
+
+@pytest.mark.parametrize("way", ["another folder of that name", "in its place", "beside"])
+def test_the_dense_run_of_another_model_is_no_teacher(way, capsys):
+    for folder, eps in ("a/m", 1e-5), ("b/m", 1e-6):
+        save_small(folder, layer_norm_epsilon=eps)
+    flags = f"{SMALL.replace('small', 'a/m')} --dataset toysql --block-size 128"
+    assert program(capsys, f"{flags} --method none")[0] == 0
+    if way == "another folder of that name":
+        flags = flags.replace("a/m", "b/m")
+    else:
+        save_small("a/m", layer_norm_epsilon=1e-6)
+    if way == "beside":
+        (dense,) = Path("out").iterdir()
+        dense.rename("out/other")
+    assert_fails(capsys, f"{flags} --distill --out out/run", "started from another|/m|move it away")
+
+
+TINY = "--model tiny --dataset toysql --block-size 128 --batch-size 2 --steps 2 --device cpu"
+
+
+@pytest.mark.parametrize("flags, told", [
+    ("--method none --seed 5", "seed is 5 there"), ("--method topv --out other", "topv")])
+def test_what_stands_in_for_the_dense_run_has_to_be_it(flags, told, capsys):
+    dense = train.resolve(train.parse(f"{TINY} --method none".split())).out
+    assert program(capsys, f"{TINY} {flags}")[0] == 0
+    made = train.resolve(train.parse(f"{TINY} {flags}".split())).out
+    shutil.rmtree(dense, ignore_errors=True)
+    shutil.copytree(made, dense)
+    before = contents(dense)
+    assert_fails(capsys, TINY, f"{dense} has other settings|{told}|move it away")
+    assert contents(dense) == before
+
+
+def test_a_run_does_not_lie_where_its_dense_model_goes(capsys):
+    dense = train.resolve(train.parse(f"{TINY} --method none".split())).out
+    assert_fails(capsys, f"{TINY} --out ./{dense}", "dense|another --out")
 
 
 def test_evaluations_take_their_share_of_the_training(monkeypatch):
