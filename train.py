@@ -40,7 +40,7 @@ from model import GPT, TINY, GPTConfig, download, whole
 from prune import METHODS, HeadLoss, Pruner, defaults_of, lr_factor, shrink, v_at
 from results.cli import ABOVE_0, AT_LEAST_0, DEVICE, SHARE, Flag, flag_of
 from results.compare import compare, draw_training, report, tracker
-from results.export import write_card, write_tokenizer
+from results.export import command_of, write_card, write_tokenizer
 
 # Launched by torchrun, several train in step, each on its share of a batch; 0 alone writes.
 PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -131,8 +131,8 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
     if PROCESS == 0:
         cut_log(folder / "log.jsonl", progress.log)
     evaluations = range(eval_every, steps, eval_every)
-    say(f"{steps:,} steps of {args.batch_size} x {train_data.block_size} tokens at most; "
-        f"{len(evaluations)} evaluations of {2048 * eval_batches:,}, one of all validation data")
+    say(f"{steps:,} steps of {args.batch_size} x {train_data.block_size} tokens at most; evaluated "
+        f"{len(evaluations)} times on {2048 * eval_batches:,}, then on all validation data")
     model.train()
     clock, saved_at = time.perf_counter(), time.monotonic()
     name, shown = f"{args.method} {args.leftover:.0%}", dict(disable=True) if PROCESS else {}
@@ -344,13 +344,6 @@ def dense_for(args, flags):
         beside = measure.find_dense([folder.parent, Path(args.out).parent], vars(args))
         folder = beside.path if beside else folder
     return folder, dense
-
-
-def command_of(flags):
-    """The command whose flags `parse` has made `flags`, but for --resume."""
-    given = [word for name, value in vars(flags).items() if value is not None and name != "resume"
-             for word in (flag_of(name), str(value))[: 1 if value is True else 2]]
-    return shlex.join(["python", "train.py", *given])
 
 
 def load_model(name, args):

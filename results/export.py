@@ -10,6 +10,7 @@ import data
 from measure import load_model, read_model
 from model import TOKENIZER, config_to_hf, read_config, whole
 from prune import METHODS, shrink
+from results.cli import flag_of
 
 END = "<|endoftext|>"
 
@@ -75,6 +76,13 @@ def write_tokenizer(folder, source, vocab_size, n_positions):
                           ("tokenizer_config.json", settings)):
         with whole(folder / name) as file:
             file.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def command_of(flags):
+    """The command whose flags `parse` has made `flags`, but for --resume."""
+    given = [word for name, value in vars(flags).items() if value is not None and name != "resume"
+             for word in (flag_of(name), str(value))[: 1 if value is True else 2]]
+    return shlex.join(["python", "train.py", *given])
 
 
 CARD = """---
