@@ -14,6 +14,7 @@ import json
 import os
 import random
 import re
+import shutil
 import sys
 import sysconfig
 import zlib
@@ -83,8 +84,10 @@ def load(dataset, split, vocab_size, block_size, path=None, config=None):
         pairs, about = toysql(split)
     examples = Examples(pairs, block_size, tok)
     sizes = examples.sizes
-    examples.about = about | dict(rows=len(sizes), tokens=sum(sizes))
+    kept = [size for size in sizes if size <= block_size]
+    examples.about = about | dict(rows=len(sizes), tokens=sum(kept))
     if len(examples) < len(sizes):
+        examples.about["left_out"] = len(sizes) - len(examples)
         message = (f"{dataset} {split}: {len(sizes) - len(examples)} of {len(sizes)} examples (of "
                    f"{min(sizes)} to {max(sizes)} tokens) exceed the block of {block_size}")
         if not len(examples):
@@ -248,7 +251,8 @@ class Screen:
 def bar(about, total=None, unit="batch", of=None, **how):
     """A progress bar, also around the iterable `of`, for what takes over two seconds."""
     often = dict(mininterval=0.5 if sys.stderr.isatty() else 30, delay=2, leave=unit == "step")
-    return tqdm(of, about, total, unit=unit, file=Screen(), dynamic_ncols=True, **often | how)
+    columns = shutil.get_terminal_size().columns if sys.stderr.isatty() else None
+    return tqdm(of, about, total, unit=unit, file=Screen(), ncols=columns, **often | how)
 
 
 # Language modelling: documents, one stream of tokens.
@@ -491,11 +495,10 @@ def download(dataset, config):
     print(f"reading {hub} from the Hub", file=sys.stderr)
     which = dict(repo_type="dataset", revision=revision,
                  allow_patterns=["README.md", f"{config}/*"] if config else None)
-    try:
+    for kept in False, True:  # a Hub that breaks off is like none at all: what is kept will do
         try:
-            return Path(huggingface_hub.snapshot_download(hub, **which))
-        except Exception:  # a Hub that breaks off is like none at all: what is kept will do
-            return Path(huggingface_hub.snapshot_download(hub, **which, local_files_only=True))
-    except Exception as error:  # whatever went wrong, the way out is the same
-        raise ConnectionError(f"{hub} is out of reach ({type(error).__name__}): give --data-path "
-                              "DIR, a copy, or --dataset stdlib or toysql") from error
+            return Path(huggingface_hub.snapshot_download(hub, **which, local_files_only=kept))
+        except Exception as error:  # whatever went wrong, the way out is the same
+            reason = error
+    raise ConnectionError(f"{hub} is out of reach ({type(reason).__name__}): give --data-path DIR, "
+                          "a copy, or --dataset stdlib or toysql") from reason

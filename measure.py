@@ -372,7 +372,7 @@ FLAGS = dict(
         multiple_of=Flag(int, "what to fill widths up to a multiple of, instead of to the widest",
                          within=ABOVE_0)),
     sample=dict(
-        runs=RUNS, dense=DENSE, device=DEVICE, prompt=Flag(str, "the text to continue", ""),
+        runs=RUNS, dense=DENSE, device=DEVICE, prompt=Flag(str, "the text to continue"),
         tokens=Flag(int, "how many to write at most", 120, None, AT_LEAST_0)))
 
 

@@ -441,7 +441,7 @@ def read_tensors(folder):
 
 
 def snapshot(name, **which):
-    """The folder in Hugging Face's cache with the files of a repository on the Hub."""
+    """The folder of a Hub's repository in Hugging Face's cache."""
     from huggingface_hub import errors, snapshot_download  # comes with `datasets`
 
     try:

@@ -193,7 +193,7 @@ class Pruner(nn.Module):
         masks = torch.cat(kept).cpu().split(self.widths)  # the step's one wait for the device
         counts = [int(mask.sum()) for mask in masks]
         keep = torch.cat([mask.nonzero().squeeze(1) for mask in masks])
-        keep = keep.pin_memory() if self.scores.is_cuda else keep  # nobody waits for pinned memory
+        keep = keep.pin_memory() if self.scores.is_cuda else keep
         keep = keep.to(self.scores.device, non_blocking=True)
         for mlp, m, indices in zip(self.mlps, self.widths, keep.split(counts)):
             mlp.keep = indices if len(indices) < m else None

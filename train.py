@@ -109,10 +109,11 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
     there is something in the list `stop`. Raises ValueError if it is damaged, FloatingPointError
     when the loss is no number.
     """
-    folder, eval_every = Path(args.out), args.eval_every or max(steps // 5, 1)
-    # Evaluating takes a third of a training step's time by token: so all takes a tenth at most.
-    share = eval_every * args.batch_size * train_data.block_size // 5  # in tokens
-    eval_batches = min(max(share // 2048, 1), 64)
+    # A token takes up to two thirds of its training to evaluate: an eighth of them, in batches of
+    # 2048, takes less than a tenth.
+    folder, per_step = Path(args.out), args.batch_size * train_data.block_size / 8 / 2048
+    eval_every = args.eval_every or max(steps // 5, math.ceil(1 / per_step))
+    eval_batches = min(max(int(eval_every * per_step), 1), 64)
     pruner = Pruner(model, args.method, args.leftover, steps, args.scope, args.lambda_mvp,
                     args.lambda_gum, args.lambda_sim, args.tau, args.seed)
     optimizer = make_optimizer(model, pruner, args)
@@ -132,7 +133,7 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
         cut_log(folder / "log.jsonl", progress.log)
     evaluations = range(eval_every, steps, eval_every)
     say(f"{steps:,} steps of {args.batch_size} x {train_data.block_size} tokens at most; evaluated "
-        f"{len(evaluations)} times on {2048 * eval_batches:,}, then on all validation data")
+        f"{len(evaluations)} times on {2048 * eval_batches:,}, at the end on all validation data")
     model.train()
     clock, saved_at = time.perf_counter(), time.monotonic()
     name, shown = f"{args.method} {args.leftover:.0%}", dict(disable=True) if PROCESS else {}
@@ -364,7 +365,7 @@ def run(flags, implied=False):
     state, has_dense = told_by_first(
         lambda: (check_folder(args), (dense / "metrics.json").exists()))
     if state == "finished":
-        load_model(out, args)  # is it still the one that was made?
+        load_model(out, args)  # is it what was made?
         return finished(out)
     if args.distill and not (args.teacher or has_dense or tiny):
         raise ValueError("--distill found no teacher: name one with --teacher, or first make it: "
@@ -395,7 +396,6 @@ def run(flags, implied=False):
         raise ValueError(f"--batch-size {args.batch_size} is more than there are sequences to "
                          f"train on, {len(train_data)}")
     if args.device == "cpu" and hasattr(os, "sysconf"):  # elsewhere torch itself tells
-        # The least that activations take.
         tokens = args.batch_size / parts * about["train"]["tokens"] / len(train_data)
         least = 2 * tokens * sum(8 * model.config.n_embd + 2 * m for m in widths)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

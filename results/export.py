@@ -2,6 +2,7 @@
 its card; and `python measure.py export`, for loaders that run no code of ours."""
 
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -97,8 +98,8 @@ CARD = """---
 | --- | ---: | ---: | ---: |
 {numbers}
 
-Loss is the mean over the tokens of all validation data, perplexity its exp; the speed was measured
-on {machine}.
+Loss is the mean over all validation tokens that the model is asked for{left_out}, perplexity its
+exp; the speed was measured on {machine}.
 
 | layer | neurons before | after | left |
 | ---: | ---: | ---: | ---: |
@@ -111,14 +112,9 @@ Data: {data}.
 ## Loading
 
 ```python
-name = {path}  # or its name on the Hub
-
-from model import GPT  # model.py of the program that made it
-
-model = GPT.from_pretrained(name)
-
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+name = {path}  # or its name on the Hub
 model = AutoModelForCausalLM.from_pretrained(name{trust})
 tokenizer = AutoTokenizer.from_pretrained(name)
 
@@ -126,7 +122,15 @@ write = pipeline("text-generation", model=name{trust})
 print(write("The", max_new_tokens=20)[0]["generated_text"])
 ```
 
-To the Hub: `hf upload {name} {folder}`
+By the program that made it, in its folder:
+
+```python
+from model import GPT
+
+model = GPT.from_pretrained({path})
+```
+
+To the Hub: `hf upload {hub_name} {folder}`
 """
 
 
@@ -171,6 +175,7 @@ def write_card(folder, metrics):
         ("parameters", "parameters", ",.0f"), ("validation loss (nats)", "val_loss", ".4f"),
         ("validation perplexity", "val_perplexity", ".3f"),
         ("tokens/s (prefill)", "prefill_tokens_per_second", ",.0f"))]
+    left_out = metrics["data"]["validation"].get("left_out", 0)
     versions = ", ".join(" ".join(pair) for pair in metrics["versions"].items())
     made = (f"{metrics['steps']:,} steps in {metrics['seconds']:.0f} s, seed {settings['seed']}, "
             f"{metrics['processes']} process(es), {metrics['machine']}, {versions}.")
@@ -186,6 +191,8 @@ def write_card(folder, metrics):
                          for n, (m, k) in enumerate(zip(full, left), 1)),
         data="; ".join(f"{split}, {of['source']}, {of['tokens']:,} tokens, sha256 "
                        f"`{of['sha256']}`" for split, of in metrics["data"].items()),
+        left_out=f" ({left_out:,} examples, longer than a block, are left out)" * (left_out > 0),
+        hub_name=re.sub(r"[^\w.-]+", "-", folder.absolute().name),
         path=json.dumps(folder.as_posix()), folder=shlex.quote(folder.as_posix()),
         trust=", trust_remote_code=True" * ("auto_map" in config_to_hf(config)))
     with whole(folder / "README.md") as file:

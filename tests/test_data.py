@@ -270,7 +270,7 @@ def test_about_counts_what_was_read_and_is_the_same_in_another_process(tmp_path)
     pairs = told_about("b", "e2e", files)
     sizes = {name: len(content) for name, content in files.items()}
     assert pairs == dict(source=str(tmp_path / "b"), files=sizes, sha256=pairs["sha256"], rows=3,
-                         tokens=5 + 5 + 76)  # one exceeds the block
+                         tokens=5 + 5, left_out=1)  # one exceeds the block
     made = [load(dataset).about for dataset in ("stdlib", "toysql")]
     assert made[1].items() >= dict(source="toysql", files={}, rows=1000).items()
     blocks = load("stdlib")
@@ -624,7 +624,7 @@ def test_a_hub_out_of_reach_is_named_beside_what_works(dataset, revision, wanted
     message = mistake(ConnectionError, dataset=dataset)
     assert all(word in message for word in (hub, "OSError", "--data-path", "--dataset stdlib"))
     assert no_network.call_args_list[0] == call(hub, repo_type="dataset", revision=revision,
-                                                allow_patterns=wanted)
+                                                allow_patterns=wanted, local_files_only=False)
     write({"validation.jsonl": b""})
     mistake(ValueError, dataset=dataset, path=".")
     assert no_network.call_count == 2  # the second time for what is kept; a folder asks nobody

@@ -14,6 +14,7 @@ import pytest
 import tiktoken
 import torch
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import validate_repo_id
 from test_model import FAMILIES, both_families, distance, ours, randomise, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
@@ -273,14 +274,23 @@ def test_the_card_is_true_and_its_code_runs_as_printed(name, runs, monkeypatch):
     assert ("None of its 192 MLP neurons was pruned" in text) == (name == "dense")
     assert ("30.21% of its 192 neurons are left (30.00% wanted)" in text) == (name == "gum")
     assert ("trust_remote_code" in text) == (name == "gum")
-    [code] = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert {"GPT.from_pretrained", "AutoModelForCausalLM", "pipeline("} <= set(
-        re.findall(r"GPT\.from_pretrained|AutoModelForCausalLM|pipeline\(", code))
-    exec(code, {})
+    theirs, ours = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert "AutoModelForCausalLM" in theirs and "pipeline(" in theirs and "from model" in ours
+    for code in theirs, ours:
+        exec(code, {})
+    assert validate_repo_id(re.search("hf upload ([^ ]+) ", text)[1]) is None
     [command] = re.findall(r"^```sh\npython train.py (.*)\n```$", text, re.MULTILINE)
     flags = train.parse(command.replace(f"--out {name}", "--out again").split())
     assert train.settings_of(train.resolve(flags)) == metrics["settings"]
     assert metrics["command"] == f"python train.py {command}"
+
+
+def test_the_card_says_what_was_left_out(runs):
+    ours().save_pretrained("gum")
+    metrics = measure.read_run(runs / "gum").metrics
+    metrics["data"]["validation"] |= dict(rows=9, left_out=2)
+    write_card("gum", metrics)
+    assert "(2 examples, longer than a block, are left out)" in ModelCard.load("gum/README.md").text
 
 
 def test_the_card_names_data_set_and_model_where_the_hub_has_them(runs):
