@@ -365,7 +365,7 @@ def run(flags, implied=False):
     state, has_dense = told_by_first(
         lambda: (check_folder(args), (dense / "metrics.json").exists()))
     if state == "finished":
-        load_model(out, args)  # is it what was made?
+        load_model(out, args)  # is it as made?
         return finished(out)
     if args.distill and not (args.teacher or has_dense or tiny):
         raise ValueError("--distill found no teacher: name one with --teacher, or first make it: "
