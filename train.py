@@ -232,8 +232,9 @@ def restore(file, progress, parts, origin):
     """Go on from what `save` wrote, or raise ValueError."""
     try:
         with zipfile.ZipFile(file) as zipped:
-            damaged = zipped.testzip()  # torch does not look at checksums
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            damaged = zipped.testzip()  # torch does not look
+        mapped = os.name != "nt"  # Windows could not replace it
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         if damaged or content.get("origin") != origin:
             raise ValueError("a wrong checksum, or another --model, teacher or setting than here")
         vars(progress).update(content["progress"])
@@ -365,7 +366,7 @@ def run(flags, implied=False):
     state, has_dense = told_by_first(
         lambda: (check_folder(args), (dense / "metrics.json").exists()))
     if state == "finished":
-        load_model(out, args)  # is it as made?
+        load_model(out, args)
         return finished(out)
     if args.distill and not (args.teacher or has_dense or tiny):
         raise ValueError("--distill found no teacher: name one with --teacher, or first make it: "
@@ -432,7 +433,7 @@ def run(flags, implied=False):
         if (out / "checkpoint.pt").exists():
             measure.check_data(about, measure.read_run(out).settings["data"], out, START_OVER)
         if PROCESS == 0:
-            for left in filter(is_temporary, out.iterdir()):  # by a process that was killed
+            for left in filter(is_temporary, out.iterdir()):  # by a killed process
                 left.unlink()
             measure.write_json(out / "settings.json", settings_of(args) | dict(data=about))
         if tiny and not has_dense and uses_dense:
@@ -549,7 +550,7 @@ def fail(message):
     """A user's mistake: one line, status 2."""
     who = f" in process {PROCESS} of {PROCESSES}" if PROCESSES > 1 else ""
     print(f"train.py: error{who}: {cli.told(message)}", file=sys.stderr, flush=True)
-    if PROCESSES > 1:  # an orderly end would wait for the others, who may wait for this one
+    if PROCESSES > 1:  # an orderly end would wait for the others
         os._exit(2)
     sys.exit(2)
 
