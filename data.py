@@ -230,8 +230,8 @@ def micro_batches(batch, device, parts=1, process=0, processes=1, sim_tokens=Non
 
 
 class Screen:
-    """stderr for progress bars: where it is no terminal, a line each time. What can't be written
-    there stops nothing."""
+    """stderr for progress bars, a line each time where it is no terminal. That it is closed or full
+    stops nothing."""
 
     def __getattr__(self, name):
         return getattr(sys.stderr, name)
@@ -309,7 +309,7 @@ def cached(file, documents, tok):
             return stored[:-4].view(np.uint16)
     documents = bar("making tokens", unit="document", of=[*documents])
     ids = (i for document in documents for i in [*tok.encode(document), tok.eot])
-    tokens = np.fromiter(ids, np.uint16)[:-1]  # 0.2 GB for WikiText-103
+    tokens = np.fromiter(ids, np.uint16)[:-1]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=file.parent) as beside:  # its own: others may write theirs
@@ -332,7 +332,7 @@ def sql_prompt(header, question):
 
 
 def to_sql(header, sel, agg, conds):
-    """WikiSQL's human-readable form, from numbers; `conds` are (column, operator, value)."""
+    """WikiSQL's readable form; `conds` are (column, operator, value)."""
     aggregate = ["", "MAX ", "MIN ", "COUNT ", "SUM ", "AVG "][agg]
     where = " AND ".join(f"{header[column]} {'=><'[operator]} {value}"
                          for column, operator, value in conds)
@@ -340,13 +340,15 @@ def to_sql(header, sel, agg, conds):
 
 
 def wikisql_release(file, tables):
-    """The rows of WikiSQL's own release: train.jsonl or dev.jsonl, with its `tables` beside it."""
+    """The rows of WikiSQL's own release: a `file`, and its `tables`."""
     rows, tables = (map(json.loads, path.read_bytes().splitlines()) for path in (file, tables))
     headers = {table["id"]: table["header"] for table in tables}
     for number, row in enumerate(rows, 1):
         try:
-            header = headers[row["table_id"]]
-            pair = header, row["question"], to_sql(header, **row["sql"])
+            header, sql = headers[row["table_id"]], row["sql"]
+            if "-" in repr([sql["sel"], sql["agg"], *(one[:2] for one in sql["conds"])]):
+                raise IndexError("below 0")
+            pair = header, row["question"], to_sql(header, **sql)
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(f"row {number} makes no query: {error!r}") from error
         yield pair
@@ -394,7 +396,7 @@ def read(dataset, split, path, config):
     Rows are tuples of its columns; "table.header" is a nested one. They are the files' as they are
     now: the library finds and parses those, but nothing that it keeps comes in between.
     """
-    import datasets  # only here: data sets that need no files do without
+    import datasets
     import huggingface_hub
 
     datasets.disable_progress_bars()
@@ -475,7 +477,7 @@ def parsed(builder, split, files, columns):
             raise ValueError(f"{len(files)} files are there of {int(number)}")
     # NA in CSV is text; Parquet of no rows would make the size 0.
     vars(builder.config).update(keep_default_na=False, batch_size=10_000)
-    # Each file alone, lest its types be turned into another's, or the README's.
+    # Each alone, lest its types become another's, or the README's.
     for file in bar("reading", unit="file", of=files):
         builder.info.features, builder.config.data_files = None, {split: [file]}
         for table in builder.as_streaming_dataset(split).with_format("arrow").iter(10_000):

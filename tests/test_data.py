@@ -573,6 +573,8 @@ MEANINGS = jsonl(*(dict(meaning_representation=n * "a", human_reference="de") fo
          {"validation.jsonl": b""}),
     case("HERE + validation split + row 1 makes no query", "wikisql", ONE_TABLE | {
         "dev.jsonl": A_ROW.replace(b'"1"', b'"2"', 1)}),
+    case("HERE + validation split + row 1 makes no query + below 0", "wikisql", ONE_TABLE | {
+        "dev.jsonl": A_ROW.replace(b'"agg": 0', b'"agg": -1')}),
     case("HERE + validation split + row 2 makes no query", "wikisql", ONE_TABLE | {
         "dev.jsonl": A_ROW + b"\n" + A_ROW.replace(b'"sel": 0', b'"sel": 1')}),
     case("HERE + validation split + it has only train", "samsum", {"train.jsonl": b"{}"}),
