@@ -253,7 +253,7 @@ def find_dense(folders, settings, about=None, started=None):
             run = read_run(file.parent)
             if (run.settings["method"] == "none" and not run.settings["distill"]
                     and origin(run.settings) == origin(settings)
-                    and started in (None, run.metrics["started"])
+                    and started in (None, run.metrics["started"], run.metrics["model"])
                     and (about is None or hashes(about) == hashes(run.metrics["data"]))):
                 dense.append(run)
     return max(dense, default=None, key=lambda run: len(run.settings.items() & settings.items()))
@@ -263,8 +263,8 @@ def dense_run(run, folder):
     """The run in `folder`, or if that is None the dense one beside `run`, or None."""
     if folder or not run.metrics:
         return read_model(folder) if folder else None
-    started = None if run.settings["model"] == "tiny" else run.metrics["started"]
-    return find_dense([run.path.parent], run.settings, run.metrics["data"], started)
+    known = run.metrics["data"], run.metrics["started"]
+    return find_dense([run.path.parent], run.settings, *known)
 
 
 # The first command. Those that compare runs are in results/compare.py, export in export.py there.
