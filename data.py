@@ -229,6 +229,9 @@ def micro_batches(batch, device, parts=1, process=0, processes=1, sim_tokens=Non
     return made
 
 
+# Progress bars.
+
+
 class Screen:
     """stderr for progress bars, a line each time where it is no terminal. That it is closed or full
     stops nothing."""
@@ -346,7 +349,7 @@ def wikisql_release(file, tables):
     for number, row in enumerate(rows, 1):
         try:
             header, sql = headers[row["table_id"]], row["sql"]
-            if "-" in repr([sql["sel"], sql["agg"], *(one[:2] for one in sql["conds"])]):
+            if min(sql["sel"], sql["agg"], *(n for one in sql["conds"] for n in one[:2])) < 0:
                 raise IndexError("below 0")
             pair = header, row["question"], to_sql(header, **sql)
         except (KeyError, IndexError, TypeError) as error:

@@ -241,8 +241,8 @@ def check_data(about, known, folder, way_out):
 
 def find_dense(folders, settings, about=None, started=None):
     """The finished dense run in one of `folders` of the same data, model and seed as `settings`,
-    and most alike in all else; or None. `about`, `started`: its data, and the `model_state` of what
-    it started from, if known."""
+    and most alike in all else; or None. `about`: its data, `started`: the `model_state` that it
+    has, or started from, if known."""
     def origin(settings):  # the same folder is the same model, however it was written
         return [os.path.realpath(settings.get("model", "")),
                 *map(settings.get, ("dataset", "data_config", "seed"))]
@@ -263,8 +263,8 @@ def dense_run(run, folder):
     """The run in `folder`, or if that is None the dense one beside `run`, or None."""
     if folder or not run.metrics:
         return read_model(folder) if folder else None
-    known = run.metrics["data"], run.metrics["started"]
-    return find_dense([run.path.parent], run.settings, *known)
+    return find_dense([run.path.parent], run.settings, run.metrics["data"],
+                      run.metrics["started"])
 
 
 # The first command. Those that compare runs are in results/compare.py, export in export.py there.

@@ -304,7 +304,7 @@ class HeadLoss(torch.autograd.Function):
     Gradients are taken here, some tokens at a time, and only scaled in the backward pass. On a GPU
     the head gets rows of zeros up to V', a multiple of 64, and their logits are left out again.
     `teacher`: None, or its final hidden states [n, d'] and head [V, d']. Products are in the
-    autocast dtype, the loss in float32 at least.
+    autocast dtype, the loss in float32 at least, compiled if `how.compile`.
     """
 
     @staticmethod

@@ -118,10 +118,10 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
                     args.lambda_gum, args.lambda_sim, args.tau, args.seed)
     optimizer = make_optimizer(model, pruner, args)
     progress = SimpleNamespace(step=0, saved=0, since=0, loss=0.0, norm=0.0, tokens=0, seconds=0.0,
-                               log=measure.log_state(b""))
+                               log=measure.log_state(b""), started=measure.model_state(model))
     parts = dict(model=model, pruner=pruner, optimizer=optimizer)
-    models = [measure.model_state(one) for one in (model, teacher) if one]
-    origin = [measure.FORMAT, settings_of(args), *models]
+    origin = [measure.FORMAT, settings_of(args), progress.started,
+              teacher and measure.model_state(teacher)]
     if (folder / "checkpoint.pt").exists():
         restore(folder / "checkpoint.pt", progress, parts, origin)
     model.gradient_checkpointing, parallel = args.gradient_checkpointing, model
@@ -433,7 +433,7 @@ def run(flags, implied=False):
         if (out / "checkpoint.pt").exists():
             measure.check_data(about, measure.read_run(out).settings["data"], out, START_OVER)
         if PROCESS == 0:
-            for left in filter(is_temporary, out.iterdir()):  # by a killed process
+            for left in filter(is_temporary, out.iterdir()):
                 left.unlink()
             measure.write_json(out / "settings.json", settings_of(args) | dict(data=about))
         if tiny and not has_dense and uses_dense:
@@ -446,7 +446,6 @@ def run(flags, implied=False):
             say(f"teacher: {args.teacher or dense}")
             teacher = (teacher or load_model(dense, args)).requires_grad_(False).eval()
 
-        started = measure.model_state(model)
         with cli.stopping_signals() as stop:
             done = train(args, steps, model, teacher, train_data, val_data, stop)
         del teacher
@@ -459,7 +458,7 @@ def run(flags, implied=False):
             gpu = args.device != "cpu" and torch.cuda.get_device_name(args.device)
             metrics = dict(
                 settings=settings_of(args), command=command_of(flags), base_model=hub, data=about,
-                log=done.log, started=started, model=measure.model_state(model), steps=steps,
+                log=done.log, started=done.started, model=measure.model_state(model), steps=steps,
                 block_size=block_size, processes=PROCESSES, seconds=done.seconds,
                 tokens=done.tokens, tokens_per_second=done.tokens / done.seconds,
                 versions=dict(python=platform.python_version(), torch=torch.__version__),

@@ -421,6 +421,16 @@ def in_turns(read, models, B, T, new, args):
     return 1 / np.median(seconds, 0), np.median(seconds[:, :1] / seconds, 0)
 
 
+def by_batch(read, models, T, new, args):
+    """B, and what `in_turns` gives, for each of `batches`; where it fails, prints why."""
+    for B in batches(args.device):
+        found = attempt(in_turns, read, models, B, T, new, args)
+        if isinstance(found, str):
+            print(f"{f'batch {B}':20} {found}")
+        else:
+            yield B, *found
+
+
 def show_widths(args):
     n = multiple(args.device, getattr(torch, args.dtype))
     print("Widths are timed as they are." if n == 1 else
@@ -443,12 +453,7 @@ def show_generation(paths, peak, args):
     print(f"\n{paths[1]} against {paths[0]}: tokens per second, {T} read and {new} written, "
           f"medians of {args.rounds} rounds\n"
           f"{'':20}{'dense':>12}{'this':>12}{'ratio':>9}{'allowed':>9}{'reached':>9}")
-    for B in batches(args.device):
-        found = attempt(in_turns, read_and_write, models, B, T, new, args)
-        if isinstance(found, str):
-            print(f"{f'batch {B}':20} {found}")
-            continue
-        speeds, ratios = found
+    for B, speeds, ratios in by_batch(read_and_write, models, T, new, args):
         most = allowed(configs, B, T, new, dtype)
         for i, what in enumerate(("prefill", "decode")):
             ratio, reached = ratios[1, i], ratios[1, i] / most[1, i]
@@ -476,12 +481,7 @@ def show_generation(paths, peak, args):
 def show_in_transformers(paths, T, new, args):
     models = in_transformers(paths, args.device, getattr(torch, args.dtype))
     print(f"in transformers{'dense':>17}{'this':>12}{'ratio':>9}{'padded':>12}{'ratio':>9}")
-    for B in batches(args.device):
-        found = attempt(in_turns, read_and_write_hf, models, B, T, new, args)
-        if isinstance(found, str):
-            print(f"{f'batch {B}':20} {found}")
-            continue
-        speeds, ratios = found
+    for B, speeds, ratios in by_batch(read_and_write_hf, models, T, new, args):
         for i, what in enumerate(("prefill", "decode")):
             print(f"{f'{what}, batch {B}':20}{speeds[0, i]:12,.0f}" + "".join(
                 f"{speeds[n, i]:12,.0f}{ratios[n, i]:8.2f}x" for n in (1, 2)))

@@ -22,7 +22,8 @@ OURS = ("data", "measure", "model", "prune", "train", "results", "results.compar
 def look(file, function):
     """Run the program in `file` with a stand-in for torch up to its `function` that reads the
     flags: no more is needed to find mistakes in them, which end the program, or to show --help.
-    Ctrl-C until torch is imported ends it without a traceback."""
+    Ctrl-C until torch is imported ends it without a traceback. What is printed where a stream is
+    closed goes nowhere."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed
             setattr(sys, name, open(os.devnull, "w"))

@@ -145,11 +145,18 @@ def report(metrics, folder):
         show(metrics, folder)
         print(end="", flush=True)
     except OSError as error:
+        unread = isinstance(error, BrokenPipeError)  # as after `| head -1`: nobody's mistake
         with suppress(OSError):
             print(f"the model is in {folder}", file=sys.stderr)
-            if not isinstance(error, BrokenPipeError):  # which is nobody's mistake: `| head -1`
+            if not unread:
                 print(f"train.py: error: can't print: {error.strerror}", file=sys.stderr)
-        os._exit(0 if isinstance(error, BrokenPipeError) else 2)
+        os._exit(0 if unread else 2)
+
+
+# Of a closing table, here and in a model card: title, key in the metrics, format.
+CLOSING = (("parameters", "parameters", ",.0f"), ("validation loss (nats)", "val_loss", ".4f"),
+           ("validation perplexity", "val_perplexity", ".3f"),
+           ("tokens/s (prefill)", "prefill_tokens_per_second", ",.0f"))
 
 
 def show(metrics, folder):
@@ -157,10 +164,7 @@ def show(metrics, folder):
     start, result, method = metrics["start"], metrics["result"], metrics["settings"]["method"]
     before = "start" if method == "none" else "dense"
     print(f"\n{'':24}{before:>14}{method:>14}{'ratio':>9}")
-    for title, key, form in (("parameters", "parameters", ",.0f"),
-                             ("validation loss (nats)", "val_loss", ".4f"),
-                             ("validation perplexity", "val_perplexity", ".3f"),
-                             ("tokens/s (prefill)", "prefill_tokens_per_second", ",.0f")):
+    for title, key, form in CLOSING:
         a, b = start[key], result[key]
         print(f"{title:24}{a:>14{form}}{b:>14{form}}{b / a:>8.2f}x")
     wanted, total = metrics["leftover_wanted"], sum(start["widths"])
@@ -257,7 +261,7 @@ def styles_of(runs):
     return styles
 
 
-def draw(path, panels, styles, formats=("png", "pdf")):
+def draw(path, panels, styles, formats=("png", "pdf"), dpi=200):
     """A figure of `panels` {(title, x label, y label): [(curve, xs, ys) of each run]}. Points are
     means over a curve's runs, bars sample standard deviations. Panels of the same quantities share
     their axes."""
@@ -294,7 +298,7 @@ def draw(path, panels, styles, formats=("png", "pdf")):
     path.parent.mkdir(parents=True, exist_ok=True)
     for suffix in formats:
         with whole(path.with_name(f"{path.name}.{suffix}")) as file:
-            figure.savefig(file, format=suffix, dpi=200 if len(formats) > 1 else 120)
+            figure.savefig(file, format=suffix, dpi=dpi)
 
 
 def redundancy_panels(runs, how, kind):
@@ -356,7 +360,7 @@ def draw_training(folder, metrics):
     method = metrics["settings"]["method"]
     run = SimpleNamespace(path=Path(folder), metrics=metrics, method=method,
                           label=METHODS[method].name)
-    draw(run.path / "training", training([run]), styles_of([run]), ["png"])
+    draw(run.path / "training", training([run]), styles_of([run]), ["png"], dpi=120)
 
 
 def figures(args):

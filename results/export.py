@@ -12,6 +12,7 @@ from measure import load_model, read_model
 from model import TOKENIZER, config_to_hf, read_config, whole
 from prune import METHODS, shrink
 from results.cli import flag_of
+from results.compare import CLOSING
 
 END = "<|endoftext|>"
 
@@ -171,10 +172,7 @@ def write_card(folder, metrics):
         what += (f" Here layers are filled up with zero neurons to {widths}: the same function, "
                  "larger; the numbers below are those without them.")
 
-    rows = [(title, start[key], result[key], form) for title, key, form in (
-        ("parameters", "parameters", ",.0f"), ("validation loss (nats)", "val_loss", ".4f"),
-        ("validation perplexity", "val_perplexity", ".3f"),
-        ("tokens/s (prefill)", "prefill_tokens_per_second", ",.0f"))]
+    rows = [(title, start[key], result[key], form) for title, key, form in CLOSING]
     left_out = metrics["data"]["validation"].get("left_out", 0)
     versions = ", ".join(" ".join(pair) for pair in metrics["versions"].items())
     made = (f"{metrics['steps']:,} steps in {metrics['seconds']:.0f} s, seed {settings['seed']}, "

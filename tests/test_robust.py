@@ -152,6 +152,17 @@ def test_the_dense_run_beside_a_run_is_of_the_same_data(capsys):
     assert measure.dense_run(measure.read_run("out/topv"), None).path == Path("out/dense")
 
 
+def test_a_dense_model_that_another_has_replaced_is_not_compared_with():
+    fake("out/topv", "topv")
+    for name, of in ("its own", 0), ("another", 9):
+        fake(f"out/{name}", "none")
+        metrics = measure.read_run(f"out/{name}").metrics | dict(model=of, started=of)
+        measure.write_json(Path(f"out/{name}/metrics.json"), metrics)
+    assert measure.dense_run(measure.read_run("out/topv"), None).path == Path("out/its own")
+    shutil.rmtree("out/its own")
+    assert measure.dense_run(measure.read_run("out/topv"), None) is None
+
+
 # Damaged files.
 
 
