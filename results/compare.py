@@ -248,8 +248,7 @@ def styles_of(runs):
     """How matplotlib draws each curve: a method by its look, its ablations with other dashes."""
     from matplotlib import colormaps
 
-    styles = {"v_t": dict(color="#555555", ls=":", zorder=3),
-              "training": dict(color="#555555"), "validation": dict(color="#D55E00", marker="o")}
+    styles = {}
     for run in runs:
         color, marker = look(run.method)
         ablation = sum(style["color"] == color for style in styles.values())
@@ -258,7 +257,9 @@ def styles_of(runs):
         layers = len(run.metrics["start"]["widths"])
         for n in range(layers):
             styles[f"layer {n + 1}"] = dict(color=colormaps["viridis"](n / layers), lw=1)
-    return styles
+    return styles | {"v_t": dict(color="#555555", ls=":", zorder=3),
+                     "training": dict(color="#555555"),
+                     "validation": dict(color="#882255", marker="o")}
 
 
 def draw(path, panels, styles, formats=("png", "pdf"), dpi=200):

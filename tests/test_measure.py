@@ -470,6 +470,15 @@ def test_figures_show_the_runs_and_are_not_blank(fakes):
         assert pixels.shape[1] == 1800 and 0.01 < dark < 0.5, path
 
 
+def test_a_method_is_drawn_by_a_full_line_and_its_ablations_by_others():
+    fake("out/gum", "gum", value=0.5)
+    fake("out/ablation", "gum", value=0.5, scope="layer")
+    one, = compare.read_runs(["out/gum"]).values()
+    assert compare.styles_of(one)["GUM"]["ls"] == "-"
+    two, = compare.read_runs(["out/gum", "out/ablation"]).values()
+    assert [compare.styles_of(two)[run.label]["ls"] for run in two] == ["-", "--"]
+
+
 def test_every_method_has_its_own_look_also_a_new_one(fakes, monkeypatch, capsys):
     for name, value in ("mine", 0.6), ("yours", 0.7):
         monkeypatch.setitem(prune.METHODS, name, prune.Method(f"Method {name}", "a new one"))
