@@ -9,16 +9,11 @@
 B sequences of T tokens; h [B, T, k] is what the k neurons left in a layer put out.
 """
 
-import json
 import math
-import os
-import zlib
 from collections import namedtuple
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import cache
-from pathlib import Path
 from statistics import fmean
-from types import SimpleNamespace
 
 from results import cli
 
@@ -29,9 +24,10 @@ import torch
 import torch.nn.functional as F
 
 import data
-from model import GPT, whole
+from model import whole
 from prune import similarity
 from results.cli import ABOVE_0, AT_LEAST_0, DEVICE, Flag
+from results.runs import check_data, dense_run, load_model, read_model, write_json
 from results.texts import text_scores, write_texts
 
 MEASURES = {  # a value in measure.json: its name in tables and figures
@@ -148,126 +144,8 @@ def redundancy(Cs, tokens=math.inf, threshold=0.8, bins=10):
     return dict(uniqueness=unique, span_uniqueness=span if enough else None), counts
 
 
-# Runs, as `train.py` leaves them.
-
-
-FORMAT = 2  # of these files: raise it when what they hold changes
-
-
-def checksum(content):
-    """Of a dict in this format."""
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode(), FORMAT)
-
-
-def write_json(path, content):
-    """Write a dict, whole or not at all, with its checksum."""
-    with whole(path) as file:
-        file.write_text(json.dumps(content | dict(crc32=checksum(content)), indent=1))
-
-
-def read_json(path, key):
-    """What `write_json` has written, {} if nothing. Raises ValueError if it is no longer just that,
-    or lacks `key`."""
-    try:
-        content = json.loads(path.read_text())
-        if content[key] and content.pop("crc32") == checksum(content):
-            return content
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass
-    lost = path if key == "values" else path.parent
-    raise ValueError(f"{path} is damaged, or of another version: remove {lost} and start over")
-
-
-def log_state(content):
-    """By which a log is known: its length in bytes, and its checksum."""
-    return [len(content), zlib.crc32(content)]
-
-
-def model_state(model):
-    """By which a model is known: a checksum of its configuration and its weights."""
-    crc = zlib.crc32(repr(model.config).encode())
-    for parameter in model.parameters():
-        crc = zlib.crc32(parameter.detach().float().cpu().numpy(), crc)
-    return crc
-
-
-def load_model(folder):
-    """`GPT.from_pretrained`; of a finished run, ValueError if it is not what that has made."""
-    model, known = GPT.from_pretrained(folder), read_json(Path(folder, "metrics.json"), "settings")
-    if known and known["model"] != model_state(model):
-        raise ValueError(f"the model in {folder} is damaged, or not the one of its metrics.json")
-    return model
-
-
-def read_run(folder):
-    """What a run's folder holds: `path`, `state` ("finished", "interrupted" or "new"), `settings`,
-    `metrics` and `measures`, {} where it has none. Raises ValueError if a file is damaged."""
-    path = Path(folder)
-    if not path.is_dir():
-        raise FileNotFoundError(f"no such run: {folder} is not a folder")
-    # In this order, lest a run that ends meanwhile look new: its settings.json goes last.
-    settings, metrics, measures = (
-        read_json(path / f"{name}.json", key) for name, key in
-        (("settings", "method"), ("metrics", "settings"), ("measure", "values")))
-    state = "finished" if metrics else "interrupted" if settings else "new"
-    return SimpleNamespace(path=path, state=state, settings=metrics.get("settings", settings),
-                           metrics=metrics, measures=measures)
-
-
-def read_model(folder):
-    """`read_run`, of a finished run or a folder with only a model."""
-    run = read_run(folder)
-    if run.state == "interrupted":
-        raise ValueError(f"{folder} is not finished: go on with its command and --resume")
-    return run
-
-
-def hashes(about):
-    """What tells data from others: each split's hash."""
-    return {split: of_split["sha256"] for split, of_split in about.items()}
-
-
-def check_data(about, known, folder, way_out):
-    """ValueError if the data of the run in `folder`, as `known` there, are others than `about`."""
-    for split, of in about.items():
-        if known[split]["sha256"] != of["sha256"]:
-            there, here = (f"{one['source']}, sha256 {one['sha256'][:8]}" for one in
-                           (known[split], of))
-            raise ValueError(f"{folder} was made with other data: its {split} split is from {there}"
-                             f", not from {here}: {way_out}")
-
-
-def find_dense(folders, settings, about=None, started=None):
-    """The finished dense run in one of `folders` of the same data, model and seed as `settings`,
-    and most alike in all else; or None. `about`: its data, `started`: the `model_state` that it
-    has, or started from, if known."""
-    def origin(settings):  # the same folder is the same model, however it was written
-        return [os.path.realpath(settings.get("model", "")),
-                *map(settings.get, ("dataset", "data_config", "seed"))]
-
-    dense = []
-    for file in sorted({file for one in folders for file in Path(one).glob("*/metrics.json")}):
-        with suppress(ValueError):  # a damaged one is not meant
-            run = read_run(file.parent)
-            if (run.settings["method"] == "none" and not run.settings["distill"]
-                    and origin(run.settings) == origin(settings)
-                    and started in (None, run.metrics["started"], run.metrics["model"])
-                    and (about is None or hashes(about) == hashes(run.metrics["data"]))):
-                dense.append(run)
-    return max(dense, default=None, key=lambda run: len(run.settings.items() & settings.items()))
-
-
-def dense_run(run, folder):
-    """The run in `folder`, or if that is None the dense one beside `run`, or None."""
-    if folder or not run.metrics:
-        return read_model(folder) if folder else None
-    return find_dense([run.path.parent], run.settings, run.metrics["data"],
-                      run.metrics["started"])
-
-
-# The first command. Those that compare runs are in results/compare.py, export in export.py there.
+# The first command. Those that compare runs are in results/compare.py, export in export.py there;
+# runs themselves in runs.py.
 
 On = namedtuple("On", "dataset data_path data_config block_size split examples generate beams "
                 "outputs")

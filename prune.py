@@ -31,20 +31,21 @@ def lr_factor(step, steps):
     return step / warmup if step <= warmup else (steps - step) / (steps - warmup)
 
 
-def cubic(step, steps):
-    """Zhu & Gupta's curve (section 2): 1 during warm-up, 0 over the last three warm-ups, a falling
-    cubic between."""
+def cubic(step, steps, until=0.7):
+    """Zhu & Gupta's curve (section 2): 1 during warm-up, 0 after the share `until` of the steps, a
+    falling cubic between. The paper's 0.7 leaves the last three warm-ups."""
     warmup = warmup_steps(steps)
+    end = steps - round(10 * (1 - until) * warmup)
     if step <= warmup:
         return 1.0
-    if step > steps - 3 * warmup:
+    if step > end:
         return 0.0
-    return (1 - (step - warmup) / (steps - 4 * warmup)) ** 3
+    return (1 - (step - warmup) / (end - warmup)) ** 3
 
 
-def v_at(step, steps, leftover):
+def v_at(step, steps, leftover, until=0.7):
     """v_t, the fraction of neurons to keep at `step`: from 1 down to v = `leftover` (section 2)."""
-    return leftover + (1 - leftover) * cubic(step, steps)
+    return leftover + (1 - leftover) * cubic(step, steps, until)
 
 
 # Which neurons the scores keep.
@@ -137,27 +138,31 @@ METHODS = {
 def defaults_of(method):
     """The paper's settings of a method (Appendix F; lambda_mvp and tau are its released code's)."""
     return dict(scope="layer", mask_lr=1e-2, lambda_mvp=2.0, lambda_gum=0.0, lambda_sim=0.99,
-                tau=0.1) | METHODS[method].defaults
+                tau=0.1, prune_until=0.7) | METHODS[method].defaults
 
 
 class Pruner(nn.Module):
     """Keeps the scores, chooses the neurons to keep at every step, and gives the scores gradients.
 
     A step is: `select(step)`; each micro-batch's forward pass `with recording(tokens)` and backward
-    pass; `update(step)`; the optimizer's step. Settings that are None are the method's own. The
+    pass; `update(step)`; the optimizer's step. Settings that are None are the method's own;
+    `scope` is "layer", "global", or what each layer keeps at the end: "352,85,58,17". The
     state_dict is all that the next step depends on.
     """
 
     def __init__(self, model, method, leftover, steps, scope=None, lambda_mvp=None, lambda_gum=None,
-                 lambda_sim=None, tau=None, seed=0):
+                 lambda_sim=None, tau=None, prune_until=None, seed=0):
         super().__init__()
         given = dict(scope=scope, lambda_mvp=lambda_mvp, lambda_gum=lambda_gum,
-                     lambda_sim=lambda_sim, tau=tau)
+                     lambda_sim=lambda_sim, tau=tau, prune_until=prune_until)
         for name, value in given.items():
             setattr(self, name, defaults_of(method)[name] if value is None else value)
         self.method, self.leftover, self.steps = METHODS[method], leftover, steps
         self.mlps = [block.mlp for block in model.h]
         self.widths = [mlp.c_fc.out_features for mlp in self.mlps]
+        self.shares = [leftover] * len(self.widths)  # left of each layer at the end
+        if self.scope not in (None, "layer", "global"):
+            self.shares = [int(k) / max(m, 1) for k, m in zip(self.scope.split(","), self.widths)]
         N, like, learned = sum(self.widths), model.wte.weight.detach(), self.method.learned
         drawn = torch.rand(N, generator=torch.Generator().manual_seed(seed), dtype=like.dtype)
         scores = torch.zeros_like(drawn) if learned else drawn
@@ -177,7 +182,8 @@ class Pruner(nn.Module):
         if self.method.score is not None:
             measured = self.measured.split(self.widths)
             self.scores.copy_(torch.cat(list(map(self.method.score, self.mlps, measured))))
-        v_t, progress = v_at(step, self.steps, self.leftover), 1 - cubic(step, self.steps)
+        when = dict(step=step, steps=self.steps, until=self.prune_until)
+        v_t, progress = v_at(leftover=self.leftover, **when), 1 - cubic(**when)
         if v_t == 1 and not (self.method.threshold and progress):  # all stay: nothing to wait for
             for mlp in self.mlps:
                 mlp.keep = None
@@ -186,10 +192,11 @@ class Pruner(nn.Module):
         if self.method.threshold:
             tau_t = self.tau * progress
             kept = [above_threshold(S, tau_t, round(self.leftover * len(S))) for S in layers]
-        elif self.scope == "layer":
-            kept = [top_v(S, round(v_t * len(S))) for S in layers]
-        else:
+        elif self.scope == "global":
             kept = [top_v(self.scores, round(v_t * len(self.scores)))]
+        else:
+            kept = [top_v(S, round(v_at(leftover=v, **when) * len(S)))
+                    for S, v in zip(layers, self.shares)]
         masks = torch.cat(kept).cpu().split(self.widths)  # the step's one wait for the device
         counts = [int(mask.sum()) for mask in masks]
         keep = torch.cat([mask.nonzero().squeeze(1) for mask in masks])
@@ -257,10 +264,11 @@ class Pruner(nn.Module):
         if not self.method.learned:
             return
         # The penalty's weight follows the schedule.
+        when = dict(step=step, steps=self.steps, until=self.prune_until)
         if self.method.threshold:
-            lambda_t = self.lambda_mvp * (1 - cubic(step, self.steps))  # tau_t / tau
+            lambda_t = self.lambda_mvp * (1 - cubic(**when))  # tau_t / tau
         else:
-            lambda_t = self.lambda_mvp * v_at(step, self.steps, self.leftover) / self.leftover
+            lambda_t = self.lambda_mvp * v_at(leftover=self.leftover, **when) / self.leftover
         U = self.uniqueness()
         self.scores.grad = torch.cat([movement(mlp) for mlp in self.mlps])
         with torch.enable_grad():  # adds to it; U carries no gradient

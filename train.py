@@ -17,7 +17,7 @@ import sys
 import time
 import zipfile
 import zlib
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from functools import lru_cache
 from importlib.util import find_spec
@@ -31,13 +31,13 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
 from torch.nn.parallel import DistributedDataParallel
 
 import data
 import measure
 from model import GPT, TINY, GPTConfig, download, whole
 from prune import METHODS, HeadLoss, Pruner, defaults_of, lr_factor, shrink, v_at
+from results import runs
 from results.cli import ABOVE_0, AT_LEAST_0, DEVICE, SHARE, Flag, flag_of
 from results.compare import compare, draw_training, report, tracker
 from results.export import command_of, write_card, write_tokenizer
@@ -115,13 +115,13 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
     eval_every = args.eval_every or max(steps // 5, math.ceil(1 / per_step))
     eval_batches = min(max(int(eval_every * per_step), 1), 64)
     pruner = Pruner(model, args.method, args.leftover, steps, args.scope, args.lambda_mvp,
-                    args.lambda_gum, args.lambda_sim, args.tau, args.seed)
+                    args.lambda_gum, args.lambda_sim, args.tau, args.prune_until, args.seed)
     optimizer = make_optimizer(model, pruner, args)
     progress = SimpleNamespace(step=0, saved=0, since=0, loss=0.0, norm=0.0, tokens=0, seconds=0.0,
-                               log=measure.log_state(b""), started=measure.model_state(model))
+                               log=runs.log_state(b""), started=runs.model_state(model))
     parts = dict(model=model, pruner=pruner, optimizer=optimizer)
-    origin = [measure.FORMAT, settings_of(args), progress.started,
-              teacher and measure.model_state(teacher)]
+    origin = [runs.FORMAT, settings_of(args), progress.started,
+              teacher and runs.model_state(teacher)]
     if (folder / "checkpoint.pt").exists():
         restore(folder / "checkpoint.pt", progress, parts, origin)
     model.gradient_checkpointing, parallel = args.gradient_checkpointing, model
@@ -160,7 +160,8 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
                 progress.seconds += time.perf_counter() - clock
                 check_finite(progress, args)
                 if logs:
-                    record = dict(v_t=v_at(step, steps, args.leftover), widths=widths,
+                    v_t = v_at(step, steps, args.leftover, pruner.prune_until)
+                    record = dict(v_t=v_t, widths=widths,
                                   leftover=sum(widths) / max(sum(pruner.widths), 1),
                                   lr=optimizer.param_groups[0]["lr"])
                     if evaluates and PROCESS == 0:
@@ -209,9 +210,7 @@ def check_finite(progress, args):
                                  f"{kept}; try less than --lr {args.lr:g}, or milder settings")
 
 
-# A run's folder holds settings.json, log.jsonl and checkpoint.pt; at its end the model, its
-# tokenizer, card (README.md) and curves, and metrics.json, which is written last and so says that
-# the run is finished. Then settings.json and checkpoint.pt go.
+# Checkpoint and log; what else is in a run's folder, results/runs.py says.
 
 
 def save(folder, progress, parts, origin):
@@ -220,7 +219,7 @@ def save(folder, progress, parts, origin):
     progress.saved = progress.step
     if PROCESS == 0:
         progress.loss, progress.norm = float(progress.loss), float(progress.norm)
-        progress.log = measure.log_state((folder / "log.jsonl").read_bytes())
+        progress.log = runs.log_state((folder / "log.jsonl").read_bytes())
         states = {name: part.state_dict() for name, part in parts.items()}
         states |= dict(progress=vars(progress), origin=origin)
         # As a file, for then torch passes on why it can't be written.
@@ -249,7 +248,7 @@ def cut_log(path, known):
     """Drop what was logged after the checkpoint was written, when the log was `known`: it will come
     again. Raises ValueError if that part is not as it was."""
     content = path.read_bytes() if path.exists() else b""
-    if measure.log_state(content[: known[0]]) != known:
+    if runs.log_state(content[: known[0]]) != known:
         raise ValueError(f"{path} is damaged: remove {path.parent} and start over")
     with whole(path) as beside:
         beside.write_bytes(content[: known[0]])
@@ -285,55 +284,29 @@ def settings_of(args):
             ("out", "resume", "checkpoint_every", "log_every", "eval_every", "tensorboard")}
 
 
-def is_temporary(path):
-    """Whether `whole` names files so until they are in place."""
-    return re.fullmatch(r".+\.\d+\.tmp", path.name) and path.is_file()
-
-
-def check_settings(run, settings, way_out):
-    """ValueError if one of `settings` is another in `run`."""
-    different = [f"{name} is {run.settings.get(name)} there and {value} here"
-                 for name, value in settings.items() if run.settings.get(name) != value]
-    if different:
-        more = f", and {len(different) - 3} more" * (len(different) > 3)
-        raise ValueError(f"{run.path} has other settings ({', '.join(different[:3])}{more}): "
-                         f"{way_out}")
-
-
 def check_folder(args):
     """Whether the run in args.out is "new", "interrupted" or "finished"; ValueError if it can't go
     on there."""
     out = Path(args.out)
-    found = measure.read_run(out) if out.is_dir() else None
+    found = runs.read_run(out) if out.is_dir() else None
     state = found.state if found else "new"
     if state == "new" and out.exists() and not (found and all(
-            path.name == ".lock" or is_temporary(path) for path in out.iterdir())):
+            path.name == ".lock" or runs.is_temporary(path) for path in out.iterdir())):
         raise ValueError(f"{out} exists and is no run's folder: move it, or name another --out")
     if args.resume:
         if state == "new":
             raise ValueError(f"nothing to resume in {out}: run the command without --resume")
-        check_settings(found, settings_of(args), "resume it with its own command")
+        runs.check_settings(found, settings_of(args), "resume it with its own command")
         return state
     if state == "finished":
         raise ValueError(f"{out} holds a finished run: name another with --out, or remove it")
     if (out / "checkpoint.pt").exists():
-        with locked(out, wait=False):  # or it is not interrupted at all
+        with runs.locked(out, wait=False):  # or it is not interrupted at all
             raise ValueError(f"{out} holds an interrupted run: go on with --resume, or remove it")
     above = next(one for one in out.absolute().parents if one.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise ValueError(f"can't write into {above}: name another folder with --out")
     return "new"
-
-
-@contextmanager
-def locked(folder, wait):
-    """Keep other processes from making the same run; the lock ends with this one."""
-    try:
-        with FileLock(folder / ".lock", timeout=-1 if wait else 0):
-            yield
-    except Timeout as error:
-        taken = f"another process is at work in {folder}: wait, or name another --out"
-        raise ValueError(taken) from error
 
 
 def dense_for(args, flags):
@@ -343,7 +316,7 @@ def dense_for(args, flags):
     dense = SimpleNamespace(**vars(flags) | without | dict(method="none"))
     folder = Path(resolve(dense).out)
     if args.distill and args.model != "tiny" and not (folder / "metrics.json").exists():
-        beside = measure.find_dense([folder.parent, Path(args.out).parent], vars(args))
+        beside = runs.find_dense([folder.parent, Path(args.out).parent], vars(args))
         folder = beside.path if beside else folder
     return folder, dense
 
@@ -351,7 +324,7 @@ def dense_for(args, flags):
 def load_model(name, args):
     """The model in a folder or of the Hub, or a new `tiny`, drawn from the seed."""
     if name != "tiny":
-        return measure.load_model(name).to(args.device)
+        return runs.load_model(name).to(args.device)
     torch.manual_seed(args.seed)
     return GPT(GPTConfig(**TINY)).to(args.device)
 
@@ -387,8 +360,16 @@ def run(flags, implied=False):
     total, parts = sum(widths), args.accumulate * PROCESSES
     if args.method != "none" and not total:
         raise ValueError(f"{args.model} has no MLP neurons left to prune")
-    if not sum(round(args.leftover * m) for m in ([total] if args.scope == "global" else widths)
-               ) and total:
+    asked = [int(k) for k in re.findall(r"\d+", args.scope or "")]  # widths
+    if asked and (len(asked) != len(widths) or any(k > m for k, m in zip(asked, widths))):
+        raise ValueError(f"--scope {args.scope} does not fit the layers' widths: "
+                         f"{','.join(map(str, widths))}")
+    left = asked or [round(args.leftover * m)
+                     for m in ([total] if args.scope == "global" else widths)]
+    if asked and 0 < sum(asked) != round(args.leftover * total):
+        raise ValueError(f"--scope {args.scope} leaves {sum(asked):,} of {total:,} neurons: add "
+                         f"--leftover {sum(asked) / total:.8g}")
+    if not sum(left) and total:
         raise ValueError(f"--leftover {args.leftover:g} of {total:,} neurons is none at all")
     if args.batch_size < parts:
         raise ValueError(f"--batch-size {args.batch_size} can't be cut into {parts}, --accumulate "
@@ -411,36 +392,36 @@ def run(flags, implied=False):
             raise ValueError(f"the teacher has a vocabulary of {known.vocab_size}, a context of "
                              f"{known.n_positions}, not {vocab_size} and {block_size}")
     steps = args.steps or max(1, round(args.epochs * len(train_data) / args.batch_size))
-    measure.check_data(about, told_by_first(lambda: about), "process 0", "give all the same")
+    runs.check_data(about, told_by_first(lambda: about), "process 0", "give all the same")
     if has_dense and uses_dense:
-        made = measure.read_run(dense)
-        measure.check_data(about, made.metrics["data"], dense, START_OVER)
+        made = runs.read_run(dense)
+        runs.check_data(about, made.metrics["data"], dense, START_OVER)
         usual = resolve(dense_flags)
         if usual.out == str(dense):  # else it was found by what it is
             own = {name: value for name, value in settings_of(usual).items() if name not in
                    ("model", "data_path", *FLAGS["machine"])}
-            check_settings(made, own, START_OVER)
-        if not tiny and made.metrics["started"] != measure.model_state(model):
+            runs.check_settings(made, own, START_OVER)
+        if not tiny and made.metrics["started"] != runs.model_state(model):
             raise ValueError(f"{dense} started from another {args.model}: {START_OVER}")
     say(f"data: {train_data.about['source']}" + "".join(
         f"; {split}: {of['tokens']:,} tokens, sha256 {of['sha256'][:8]}"
         for split, of in about.items()))
 
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out, wait=implied) if PROCESS == 0 else nullcontext():
+    with runs.locked(out, wait=implied) if PROCESS == 0 else nullcontext():
         if told_by_first((out / "metrics.json").exists):  # another command has finished it
             return finished(out)
         if (out / "checkpoint.pt").exists():
-            measure.check_data(about, measure.read_run(out).settings["data"], out, START_OVER)
+            runs.check_data(about, runs.read_run(out).settings["data"], out, START_OVER)
         if PROCESS == 0:
-            for left in filter(is_temporary, out.iterdir()):
+            for left in filter(runs.is_temporary, out.iterdir()):
                 left.unlink()
-            measure.write_json(out / "settings.json", settings_of(args) | dict(data=about))
+            runs.write_json(out / "settings.json", settings_of(args) | dict(data=about))
         if tiny and not has_dense and uses_dense:
             say(f"first the dense model, in {dense}")
-            dense_flags.resume = dense.is_dir() and measure.read_run(dense).state != "new"
+            dense_flags.resume = dense.is_dir() and runs.read_run(dense).state != "new"
             made = run(dense_flags, implied=True)  # perhaps by another command, meanwhile
-            measure.check_data(about, made["data"], dense, START_OVER)
+            runs.check_data(about, made["data"], dense, START_OVER)
         model = model if source == args.model else load_model(source, args)
         if args.distill:
             say(f"teacher: {args.teacher or dense}")
@@ -458,7 +439,7 @@ def run(flags, implied=False):
             gpu = args.device != "cpu" and torch.cuda.get_device_name(args.device)
             metrics = dict(
                 settings=settings_of(args), command=command_of(flags), base_model=hub, data=about,
-                log=done.log, started=done.started, model=measure.model_state(model), steps=steps,
+                log=done.log, started=done.started, model=runs.model_state(model), steps=steps,
                 block_size=block_size, processes=PROCESSES, seconds=done.seconds,
                 tokens=done.tokens, tokens_per_second=done.tokens / done.seconds,
                 versions=dict(python=platform.python_version(), torch=torch.__version__),
@@ -467,7 +448,7 @@ def run(flags, implied=False):
             metrics |= compare(*models, val_data, args, autocast_of(args))
             draw_training(out, metrics)
             write_card(out, metrics)
-            measure.write_json(out / "metrics.json", metrics)
+            runs.write_json(out / "metrics.json", metrics)
 
         told_by_first(finish)
         return finished(out)
@@ -479,7 +460,7 @@ def finished(out):
         for file in ("checkpoint.pt", "settings.json", ".lock"):
             with suppress(OSError):  # none there; or, on Windows, the lock is held
                 (out / file).unlink()
-    return measure.read_run(out).metrics
+    return runs.read_run(out).metrics
 
 
 # The flags. Defaults are the paper's (Appendix F) or its released code's; what depends on others
@@ -487,6 +468,16 @@ def finished(out):
 
 BLOCK_SIZE = dict(stdlib=64, toysql=256, wikisql=512, e2e=512, wikitext=1024, samsum=1024)  # tokens
 USUAL = defaults_of("topv")
+
+
+def scope_of(text):
+    """What --scope may be: layer, global, or the width that each layer ends with."""
+    if text not in ("layer", "global") and not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(
+            f"{text} is not layer, global, or a width for each layer, as 352,85,58,17")
+    return text
+
+
 FLAGS = {
     "what to run": dict(
         method=Flag(METHODS, "how neurons are chosen: " + "; ".join(
@@ -514,8 +505,10 @@ FLAGS = {
         label_smoothing=Flag(float, "always 0 when distilling", 0.0, None, "in [0, 1)")),
     "pruning": dict(
         leftover=Flag(float, "v, the fraction of MLP neurons left at the end", 0.25, None, SHARE),
-        scope=Flag(("layer", "global"), "the best of each layer, or of the whole network (gum)",
-                   USUAL["scope"]),
+        scope=Flag(scope_of, "layer or global (gum): the best of each layer, or of all; or each "
+                   "layer's width, as in 352,85,58,17", USUAL["scope"]),
+        prune_until=Flag(float, "the share of the steps after which v is reached",
+                         USUAL["prune_until"], None, SHARE),
         mask_lr=Flag(float, "the scores' peak learning rate (soft: 10; gum, gpt2, samsum: 1e-3)",
                      USUAL["mask_lr"], None, ABOVE_0),
         lambda_mvp=Flag(float, "weight of their penalty", USUAL["lambda_mvp"], None, AT_LEAST_0),

@@ -34,7 +34,7 @@ import data
 import measure
 from model import GPT, TINY, GPTConfig, KVCache, read_config
 from prune import Pruner, shrink, top_v, v_at
-from results import cli
+from results import cli, runs
 from results.cli import ABOVE_0, DEVICE, Flag
 from results.compare import timed
 from train import fine_prune, make_optimizer
@@ -491,8 +491,8 @@ def generation(args):
     """Time each run's model against its dense one, in turns in one process, beside what counting
     allows."""
     pairs, dtype = [], getattr(torch, args.dtype)
-    for run in map(measure.read_model, args.runs):
-        dense = measure.dense_run(run, args.dense)
+    for run in map(runs.read_model, args.runs):
+        dense = runs.dense_run(run, args.dense)
         if dense is None:
             raise ValueError(f"{run.path} has no dense model beside it to compare with: name one "
                              "with --dense DIR")

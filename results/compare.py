@@ -19,9 +19,10 @@ from types import SimpleNamespace
 import torch
 
 import data
-from measure import MEASURES, dense_run, load_model, log_state, mean_loss, read_model
+from measure import MEASURES, mean_loss
 from model import whole
 from prune import METHODS
+from results.runs import dense_run, load_model, log_state, read_model
 
 DRAWN = {  # method: colour (Okabe and Ito's, which the colour-blind can tell apart) and marker
     "none": ("#000000", "s"), "magnitude": ("#E69F00", "^"), "random": ("#56B4E9", "v"),

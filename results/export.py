@@ -8,11 +8,11 @@ import shutil
 from pathlib import Path
 
 import data
-from measure import load_model, read_model
 from model import TOKENIZER, config_to_hf, read_config, whole
 from prune import METHODS, shrink
 from results.cli import flag_of
 from results.compare import CLOSING
+from results.runs import load_model, read_model
 
 END = "<|endoftext|>"
 

@@ -22,7 +22,7 @@ import measure
 import prune
 import train
 from model import GPT, GPTConfig
-from results import cli, compare, texts
+from results import cli, compare, runs, texts
 
 KINDS = {"gpt2": {}, "gpt_neo": dict(model_type="gpt_neo", qkv_bias=False, attn_scaled=False,
                                      windows=(None, 8))}
@@ -350,7 +350,7 @@ def fake(folder, method, leftover=0.5, seed=0, distill=False, value=None, real=N
         step=step, loss=9 / step, v_t=leftover, leftover=leftover, widths=widths)) + "\n"
         for step in range(1, 30)))
     files = dict(metrics=dict(
-        settings=settings, log=measure.log_state(log.read_bytes()), model=seed, started=seed,
+        settings=settings, log=runs.log_state(log.read_bytes()), model=seed, started=seed,
         data={split: dict(sha256=settings["dataset"] + split) for split in ("train", "validation")},
         start=dict(widths=[20, 20]), result=dict(val_perplexity=5.0 + seed),
         leftover=real or leftover, leftover_per_layer=[leftover] * 2))
@@ -360,22 +360,22 @@ def fake(folder, method, leftover=0.5, seed=0, distill=False, value=None, real=N
         counts = [[0] * 5 + [width] + [0] * 4 for width in widths]
         files["measure"] = dict(model=seed, values=values, ratios=values, counts=counts)
     for name, content in files.items():
-        measure.write_json(Path(folder, f"{name}.json"), content)
+        runs.write_json(Path(folder, f"{name}.json"), content)
 
 
 def test_the_dense_run_is_of_the_same_data_model_and_seed_and_most_alike():
     save("small")
     fake("out/gum", "gum", model=os.path.abspath("small"))
-    mine = measure.read_run("out/gum").settings
+    mine = runs.read_run("out/gum").settings
     others = [dict(seed=1), dict(dataset="stdlib"), dict(data_config="b"), dict(model="tiny"),
               dict(distill=True), dict(method="topv")]
     for n, settings in enumerate(others):
         fake(f"out/{n}", **dict(method="none") | settings)
-    assert measure.find_dense(["out", "nowhere"], mine) is None
+    assert runs.find_dense(["out", "nowhere"], mine) is None
     for name, lr in ("another-lr", 0.2), ("same", 0.1), ("then", 0.1):
         fake(f"out/{name}", "none", lr=lr)
         expected = "another-lr" if name == "another-lr" else "same"
-        assert measure.find_dense(["out", Path("out")], mine).path == Path("out", expected)
+        assert runs.find_dense(["out", Path("out")], mine).path == Path("out", expected)
 
 
 EXACT = {("gum", 0.25): [0.5, 0.75, 0.7], ("gum", 0.1): [0.25, 0.5], ("topv", 0.25): [0.125]}
@@ -530,7 +530,7 @@ def test_a_mistake_gets_one_line_and_status_2(words, says, capsys):
     wild.ln_f.weight.data.fill_(1e37)
     wild.save_pretrained("wild")
     os.mkdir("unfinished")
-    measure.write_json(Path("unfinished/settings.json"), dict(method="gum"))
+    runs.write_json(Path("unfinished/settings.json"), dict(method="gum"))
     assert pytest.raises(SystemExit, main, *words.split()).value.code == 2
     *before, line = capsys.readouterr().err.strip().splitlines()
     assert not before or before[0].startswith("reading") and len(before) == 1

@@ -143,12 +143,12 @@ class MaskedMLP(nn.Module):
         return self.h @ w2.T + self.c_proj.bias  # [B, T, d]
 
 
-def curve(t, T):
-    """How far v_t still is from v, as a share of 1 - v (T a multiple of 10)."""
-    w = T // 10
+def curve(t, T, until=0.7):
+    """How far v_t still is from v, as a share of 1 - v (T and T * until multiples of 10)."""
+    w, end = T // 10, round(T * until)
     if t <= w:
         return 1.0
-    return 0.0 if t > T - 3 * w else (1 - (t - w) / (T - 4 * w)) ** 3
+    return 0.0 if t > end else (1 - (t - w) / (end - w)) ** 3
 
 
 def best(scores, count):
@@ -156,9 +156,9 @@ def best(scores, count):
     return set(sorted(range(len(scores)), key=lambda j: (-scores[j], j))[:count])
 
 
-def reference_masks(S, method, scope, t, T, leftover):
-    """A list of 0/1 masks [m], one per layer, for scores `S` [N] at step t of T."""
-    v_t, tau_t = leftover + (1 - leftover) * curve(t, T), 0.1 * (1 - curve(t, T))
+def reference_masks(S, method, scope, c_t, leftover):
+    """A list of 0/1 masks [m], one per layer, for scores `S` [N], where `curve` is c_t."""
+    v_t, tau_t = leftover + (1 - leftover) * c_t, 0.1 * (1 - c_t)
     layers, kept = [layer.tolist() for layer in S.detach().split(WIDTHS)], []
     everywhere, offset = best(sum(layers, []), round(v_t * N)), 0
     for scores in layers:
@@ -168,8 +168,11 @@ def reference_masks(S, method, scope, t, T, leftover):
             kept.append(above if len(above) >= len(least) else least)
         elif scope == "layer":
             kept.append(best(scores, round(v_t * len(scores))))
-        else:
+        elif scope == "global":
             kept.append({j for j in range(len(scores)) if offset + j in everywhere})
+        else:  # from m to the width that is asked for
+            k = int(scope.split(",")[len(kept)])
+            kept.append(best(scores, round(k + (len(scores) - k) * c_t)))
         offset += len(scores)
     return [torch.tensor([float(j in neurons) for j in range(m)], dtype=S.dtype)
             for neurons, m in zip(kept, WIDTHS)]
@@ -202,7 +205,8 @@ def reference_loss(model, batch, label_smoothing, teacher):
 
 
 def reference(method, batches, leftover=0.25, scope=None, weight_decay=0.1, label_smoothing=0.0,
-              teacher=None, sim_tokens=None, lambda_mvp=2.0, lambda_gum=None, lambda_sim=None):
+              teacher=None, sim_tokens=None, lambda_mvp=2.0, lambda_gum=None, lambda_sim=None,
+              prune_until=0.7):
     """What `trained` should come to, from the whole batch of every step at once."""
     T, learned = len(batches), method in LEARNED
     scope = scope or ("global" if method == "gum" else "layer")
@@ -230,7 +234,8 @@ def reference(method, batches, leftover=0.25, scope=None, weight_decay=0.1, labe
                                      1).norm(dim=1) for mlp in mlps])
         if method == "wanda":
             S = (torch.cat([mlp.c_proj.weight.square().sum(0) for mlp in mlps]) * square).sqrt()
-        masks = reference_masks(S, method, scope, t, T, leftover)
+        c_t = curve(t, T, prune_until)
+        masks = reference_masks(S, method, scope, c_t, leftover)
         run.kept.append([mask.nonzero().flatten().tolist() for mask in masks])
         for mlp, mask, s in zip(mlps, masks, S.split(WIDTHS)):
             mlp.M = mask + s - s.detach() if learned else mask
@@ -245,8 +250,8 @@ def reference(method, batches, leftover=0.25, scope=None, weight_decay=0.1, labe
         Cs = [(1 - lambda_sim) * C + lambda_sim * h.T @ h for C, h in zip(Cs, hs)]
         square = (1 - lambda_sim) * square + lambda_sim * torch.cat(hs, 1).square().mean(0)
         if learned:
-            scale = curve(t, T) * (1 - leftover) / leftover + 1  # v_t / v
-            scale = 1 - curve(t, T) if method == "soft" else scale  # tau_t / tau
+            scale = c_t * (1 - leftover) / leftover + 1  # v_t / v
+            scale = 1 - c_t if method == "soft" else scale  # tau_t / tau
             U = torch.cat([reference_uniqueness(C, mask) for C, mask in zip(Cs, masks)])  # [N]
             loss = loss + lambda_mvp * scale / N * ((1 + lambda_gum * U) * torch.sigmoid(S)).sum()
         loss.backward()
@@ -282,7 +287,9 @@ SCOPES = [(method, scope, {}) for method in METHODS for scope in ("layer", "glob
 TRAININGS = [*SCOPES, ("none", None, dict(leftover=1.0, label_smoothing=0.2)),
              ("gum", "global", dict(teacher=TEACHER)), ("gum", "layer", dict(sim_tokens=3)),
              ("wanda", "global", dict(teacher=TEACHER, sim_tokens=3)),
-             ("topv", "layer", dict(teacher=TEACHER, label_smoothing=0.2))]
+             ("topv", "layer", dict(teacher=TEACHER, label_smoothing=0.2)),
+             ("gum", "1,8,3", {}), ("random", "0,0,12", {}),
+             *((method, None, dict(prune_until=0.4)) for method in ("gum", "soft", "magnitude"))]
 NAMES = ["-".join([method, str(scope), *how]) for method, scope, how in TRAININGS]
 
 
@@ -305,7 +312,9 @@ def test_training_is_the_reference_however_a_step_is_cut_up(number, way):
     if method not in ("none", "soft"):  # which may leave more
         assert sum(map(len, run.kept[-1])) == N // 4
         shares = {len(kept) / m for kept, m in zip(run.kept[-1], WIDTHS)}
-        assert (len(shares) > 1) == (scope == "global")
+        assert (len(shares) == 1) == (run.pruner.scope == "layer")
+    if scope and "," in scope:
+        assert [len(kept) for kept in run.kept[-1]] == [int(k) for k in scope.split(",")]
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
@@ -394,9 +403,21 @@ def test_leftover_follows_the_cubic_curve_through_its_corners():
     assert v[70] == v[71] == v[100] == 0.2
 
 
+@pytest.mark.parametrize("until, end", [(0.3, 30), (1.0, 100), (0.15, 15), (0.11, 11)])
+def test_leftover_is_reached_when_it_is_asked_for(until, end):
+    v = {t: prune.v_at(t, 100, 0.2, until) for t in range(1, 101)}
+    assert v[10] == 1.0 > v[11] and v[end - 1] > v[end] == v[100] == 0.2
+    assert v[11] == pytest.approx(0.2 + 0.8 * ((end - 11) / (end - 10)) ** 3, abs=1e-15)
+
+
+def test_leftover_is_reached_at_once_if_it_should_be_before_the_warm_up_ends():
+    assert [prune.v_at(t, 100, 0.2, 0.05) for t in (1, 10, 11, 100)] == [1.0, 1.0, 0.2, 0.2]
+
+
+@pytest.mark.parametrize("until", [0.1, 0.3, 0.7, 1.0])
 @pytest.mark.parametrize("steps", [*range(1, 13), 250])
-def test_leftover_never_rises_and_the_shortest_trainings_reach_it(steps):
-    v = [prune.v_at(t, steps, 0.25) for t in range(1, steps + 1)]
+def test_leftover_never_rises_and_the_shortest_trainings_reach_it(steps, until):
+    v = [prune.v_at(t, steps, 0.25, until) for t in range(1, steps + 1)]
     assert v[-1] == 0.25
     assert all(0.25 <= later <= earlier <= 1.0 for earlier, later in zip(v, v[1:]))
     factors = [prune.lr_factor(t, steps) for t in range(1, steps + 1)]
@@ -446,13 +467,15 @@ def test_exactly_its_share_of_every_layer_or_of_the_network_is_kept(scope, tied,
 
 
 def test_the_papers_settings_are_the_defaults():
-    paper = {method: dict(scope="layer", lambda_mvp=2.0, lambda_gum=0.0, lambda_sim=0.99, tau=0.1)
+    paper = {method: dict(scope="layer", lambda_mvp=2.0, lambda_gum=0.0, lambda_sim=0.99, tau=0.1,
+                          prune_until=0.7)
              for method in ("magnitude", "random", "topv")}
     paper["gum"] = paper["topv"] | dict(scope="global", lambda_gum=10.0)
     paper["soft"], paper["wanda"] = dict(tau=0.1, lambda_gum=0.0), dict(lambda_sim=0.1)
     for method, settings in paper.items():
         assert vars(Pruner(make_model(), method, 0.25, 10)).items() >= settings.items()
-        given = dict(scope="global", lambda_mvp=0.0, lambda_gum=0.0, lambda_sim=0.5, tau=0.3)
+        given = dict(scope="global", lambda_mvp=0.0, lambda_gum=0.0, lambda_sim=0.5, tau=0.3,
+                     prune_until=0.3)
         assert vars(Pruner(make_model(), method, 0.25, 10, **given)).items() >= given.items()
     rates = dict(topv=1e-2, gum=1e-2, soft=10.0)
     assert {method: prune.defaults_of(method)["mask_lr"] for method in LEARNED} == rates

@@ -23,6 +23,7 @@ import data
 import measure
 import train
 from model import GPT
+from results import runs
 
 ROOT = Path(__file__).parents[1]
 FLAGS = "--method topv --out run"
@@ -144,23 +145,23 @@ def test_the_dense_run_beside_a_run_is_of_the_same_data(capsys):
     fake("out/topv", "topv")
     fake("out/dense", "none", lr=0.2)
     fake("out/others", "none")  # more alike, but of other data
-    metrics = measure.read_run("out/others").metrics
+    metrics = runs.read_run("out/others").metrics
     metrics["data"]["train"]["sha256"] = "other"
-    measure.write_json(Path("out/others/metrics.json"), metrics)
+    runs.write_json(Path("out/others/metrics.json"), metrics)
     os.mkdir("out/damaged")
     Path("out/damaged/metrics.json").write_text("{")
-    assert measure.dense_run(measure.read_run("out/topv"), None).path == Path("out/dense")
+    assert runs.dense_run(runs.read_run("out/topv"), None).path == Path("out/dense")
 
 
 def test_a_dense_model_that_another_has_replaced_is_not_compared_with():
     fake("out/topv", "topv")
     for name, of in ("its own", 0), ("another", 9):
         fake(f"out/{name}", "none")
-        metrics = measure.read_run(f"out/{name}").metrics | dict(model=of, started=of)
-        measure.write_json(Path(f"out/{name}/metrics.json"), metrics)
-    assert measure.dense_run(measure.read_run("out/topv"), None).path == Path("out/its own")
+        metrics = runs.read_run(f"out/{name}").metrics | dict(model=of, started=of)
+        runs.write_json(Path(f"out/{name}/metrics.json"), metrics)
+    assert runs.dense_run(runs.read_run("out/topv"), None).path == Path("out/its own")
     shutil.rmtree("out/its own")
-    assert measure.dense_run(measure.read_run("out/topv"), None) is None
+    assert runs.dense_run(runs.read_run("out/topv"), None) is None
 
 
 # Damaged files.
@@ -204,7 +205,7 @@ def test_a_model_that_is_not_as_it_was_written_is_named(file, capsys):
     assert_fails(capsys, "--out more --model run --device cpu", "the model in run is damaged")
     assert_fails(capsys, f"{SMALL} {FLAGS} --resume", "the model in run is damaged")
     path.write_bytes(content)
-    assert measure.load_model("run")
+    assert runs.load_model("run")
 
 
 @pytest.mark.parametrize("damage", [other_digit, lambda log: log[:-50], lambda log: b"", None])
@@ -231,7 +232,7 @@ def test_what_was_logged_after_the_checkpoint_comes_again():
     ("log.jsonl", "figures")])
 def test_a_changed_digit_is_noticed(file, command, capsys):
     fake("run", "topv", value=0.5)
-    measure.write_json(Path("run/settings.json"), dict(method="topv"))  # as if not yet finished
+    runs.write_json(Path("run/settings.json"), dict(method="topv"))  # as if not yet finished
     path = Path("run", file)
     path.write_bytes(other_digit(path.read_bytes()))
     assert f"{path} is damaged, or of another " in refused(capsys, command, "run")

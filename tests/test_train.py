@@ -122,7 +122,8 @@ def assert_fails(capsys, flags, says):
     ("topv", 0.25, [16, 16]), ("gum", 0.3, 38),
     ("soft --tau 0.9999 --mask-lr 0.1", 0.25, [16, 16]),  # none reach that threshold
     ("gum --lambda-gum 0", 0.5, 64), ("gum --scope layer", 0.5, [32, 32]),
-    ("topv --lambda-gum 10", 0.5, [32, 32]), ("random --scope global", 0.5, 64)])
+    ("topv --lambda-gum 10", 0.5, [32, 32]), ("random --scope global", 0.5, 64),
+    ("topv --scope 30,2", 0.25, [30, 2]), ("gum --scope 0,32 --prune-until 0.3", 0.25, [0, 32])])
 def test_a_finished_run_has_its_files_and_the_wanted_number_of_neurons(flags, leftover, kept):
     metrics = run(f"--method {flags} --leftover {leftover} --out run")
     model = GPT.from_pretrained("run")
@@ -548,7 +549,15 @@ def test_a_folder_that_can_t_be_made_is_told_before_data_are_read(out, capsys, m
     ("--lambda-sim 2", "--lambda-sim|(0, 1]"), ("--sim-tokens 0", "--sim-tokens|above 0"),
     ("--steps 9 --epochs 1", "--steps|--epochs|one of them"), ("--methd gum", "--methd"),
     ("--method none --leftover 0.5", "--leftover|--method none"), ("--out small", "small|--out"),
-    ("--method soft --scope global", "--scope"), ("--teacher small", "--teacher|--distill"),
+    ("--method soft --scope global", "--scope"),
+    ("--scope wide", "wide is not layer, global"), ("--scope 3,", "3, is not layer, global"),
+    ("--model small --scope 9,9,9", "does not fit the layers' widths: 64,64"),
+    ("--model small --scope 65,9", "does not fit"),
+    ("--model small --scope 30,2 --leftover 0.5", "leaves 32 of 128 neurons: add --leftover 0.25"),
+    ("--model small --scope 0,0", "--leftover 0.25 of 128 neurons is none"),
+    ("--prune-until 0", "in (0, 1]"),
+    ("--method none --prune-until 0.3", "--prune-until means nothing with --method none"),
+    ("--teacher small", "--teacher|--distill"),
     ("--method random --lambda-gum 1", "--lambda-gum"),
     *((f"--method {method} {flag} 1", f"{flag} means nothing with --method {method}")
       for method, flag in (("random", "--mask-lr"), ("magnitude", "--lambda-mvp"), ("gum", "--tau"),

@@ -23,6 +23,7 @@ import train
 from model import GPT, TOKENIZER, GPTConfig
 from results import cli
 from results.export import write_card, write_tokenizer
+from results.runs import read_run
 
 ROOT, END = Path(__file__).parents[1], "<|endoftext|>"
 TIKTOKEN = ROOT.parent / "shared" / "tiktoken_cache"
@@ -256,7 +257,7 @@ def test_a_runs_folder_is_a_whole_model(name, runs, caplog, capfd):
 def test_the_card_is_true_and_its_code_runs_as_printed(name, runs, monkeypatch):
     monkeypatch.chdir(runs)
     monkeypatch.syspath_prepend(ROOT)
-    card, metrics = ModelCard.load(f"{name}/README.md"), measure.read_run(name).metrics
+    card, metrics = ModelCard.load(f"{name}/README.md"), read_run(name).metrics
     about, result = card.data, metrics["result"]
     assert about.library_name == "transformers" and about.pipeline_tag == "text-generation"
     pruning = ["pruning", "structured-pruning", "gum"]
@@ -287,14 +288,14 @@ def test_the_card_is_true_and_its_code_runs_as_printed(name, runs, monkeypatch):
 
 def test_the_card_says_what_was_left_out(runs):
     ours().save_pretrained("gum")
-    metrics = measure.read_run(runs / "gum").metrics
+    metrics = read_run(runs / "gum").metrics
     metrics["data"]["validation"] |= dict(rows=9, left_out=2)
     write_card("gum", metrics)
     assert "(2 examples, longer than a block, are left out)" in ModelCard.load("gum/README.md").text
 
 
 def test_the_card_names_data_set_and_model_where_the_hub_has_them(runs):
-    metrics = measure.read_run(runs / "gum").metrics
+    metrics = read_run(runs / "gum").metrics
     ours().save_pretrained("gum")
     for dataset, model, base, hub in (
             ("wikitext", "gpt2", "gpt2", ["Salesforce/wikitext"]), ("e2e", "a/b", "a/b",
