@@ -160,9 +160,6 @@ class Pruner(nn.Module):
         self.method, self.leftover, self.steps = METHODS[method], leftover, steps
         self.mlps = [block.mlp for block in model.h]
         self.widths = [mlp.c_fc.out_features for mlp in self.mlps]
-        self.shares = [leftover] * len(self.widths)  # left of each layer at the end
-        if self.scope not in (None, "layer", "global"):
-            self.shares = [int(k) / max(m, 1) for k, m in zip(self.scope.split(","), self.widths)]
         N, like, learned = sum(self.widths), model.wte.weight.detach(), self.method.learned
         drawn = torch.rand(N, generator=torch.Generator().manual_seed(seed), dtype=like.dtype)
         scores = torch.zeros_like(drawn) if learned else drawn
@@ -195,8 +192,11 @@ class Pruner(nn.Module):
         elif self.scope == "global":
             kept = [top_v(self.scores, round(v_t * len(self.scores)))]
         else:
+            shares = [self.leftover] * len(layers)
+            if self.scope != "layer":
+                shares = [int(k) / max(m, 1) for k, m in zip(self.scope.split(","), self.widths)]
             kept = [top_v(S, round(v_at(leftover=v, **when) * len(S)))
-                    for S, v in zip(layers, self.shares)]
+                    for S, v in zip(layers, shares)]
         masks = torch.cat(kept).cpu().split(self.widths)  # the step's one wait for the device
         counts = [int(mask.sum()) for mask in masks]
         keep = torch.cat([mask.nonzero().squeeze(1) for mask in masks])

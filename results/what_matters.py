@@ -1,0 +1,419 @@
+"""What matters in structured pruning: the study behind results/what-matters.md, as a program.
+
+    python -m results.what_matters                     make all runs that are not made yet
+    python -m results.what_matters make --list         which these are: their commands
+    python -m results.what_matters make --only where   those of one question
+    python -m results.what_matters report              tables and figures, from what is made
+
+Every run is a command of `train.py`, made by one of several processes. Its row in what-matters.csv
+says all that tables and figures need: what has one is not made again, and Ctrl-C loses nothing.
+Some runs wait for others: for those that choose a learning rate, or for the widths of GUM's.
+"""
+
+import copy
+import csv
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+import zlib
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import data
+import measure
+import train
+from model import GPT, GPTConfig, whole
+from prune import cubic, defaults_of, shrink
+from results import cli
+from results.cli import ABOVE_0, Flag, flag_of
+from results.runs import locked, read_run
+
+CSV = Path(__file__).with_name("what-matters.csv")
+COLUMNS = ("command", "loss", "left", "widths", "sensitivity", "uniqueness", "span_uniqueness",
+           "loss_pruned", "sensitivity_pruned", "uniqueness_pruned", "span_uniqueness_pruned",
+           "exact_match", "bleu", "rougeL", "loss_before", "seconds", "data")
+SEEDS, TUNING = 5, 99  # how many a table has, and the one that chooses learning rates
+STEPS, DENSE_STEPS = 400, 6000  # of `tiny`; a Hub's model is trained as long as the paper does
+LEFTOVERS = (0.75, 0.5, 0.25, 0.1)
+DENSE, RANDOM, TOP_V, GUM = (dict(method=name) for name in ("none", "random", "topv", "gum"))
+MAGNITUDE, SOFT = dict(method="magnitude"), dict(method="soft")
+GLOBAL, EARLY = TOP_V | dict(scope="global"), GUM | dict(prune_until=0.3)
+METHODS = {"Magnitude": MAGNITUDE, "Random": RANDOM, "Top_v": TOP_V, "Soft movement": SOFT,
+           "Global Top_v": GLOBAL, "GUM": GUM}
+MAIN = {name: METHODS[name] for name in ("Random", "Top_v", "Global Top_v", "GUM")}
+PAIRS = (("Top_v", "Random"), ("Global Top_v", "Top_v"), ("GUM", "Global Top_v"))
+
+
+class Question(NamedTuple):
+    """A table: {row: {column: run}}. A run is a function from a seed to its flags, or to None as
+    long as those depend on runs that are to be made. `pairs`: rows to compare, seed by seed."""
+
+    title: str
+    table: dict
+    pairs: tuple = ()
+    seeds: int = SEEDS
+
+
+def command(flags):
+    """The command of a run, by which it is known: without what is a method's default, and without
+    the place of data, which are known by their hash."""
+    usual = defaults_of(flags["method"]) | dict(seed=0, dataset="stdlib")
+    if flags["method"] == "gum" and flags.get("distill"):
+        del usual["lambda_gum"]  # is another then
+    given = [(flag_of(name), flags[name]) for name in train.ALL_FLAGS if name != "data_path"
+             and flags.get(name) not in (None, False, usual.get(name))]
+    return shlex.join(["python", "train.py", *(
+        word for name, value in given for word in (name, str(value))[: 1 if value is True else 2])])
+
+
+class Study:
+    """All questions, as far as the rows in `known` {command: row} tell which runs they take, and
+    the runs that are `wanted` {command: flags} to go on. `args`: those of `make`."""
+
+    def __init__(self, known, args):
+        self.known, self.wanted, self.args = known, {}, args
+        self.folder, self.tiny = Path(args.out), args.model == "tiny"
+        self.lrs = (1e-3, 2e-3, 4e-3, 8e-3) if self.tiny else (2.5e-4, 5e-4, 1e-3, 2e-3)
+
+    def want(self, flags):
+        """The row of a run, or None: then it is wanted."""
+        row = self.known.get(command(flags))
+        if row is None or "out" in flags and not Path(flags["out"], "metrics.json").exists():
+            self.wanted[command(flags)] = flags
+            return None
+        return row
+
+    def dense(self, seed=0):
+        """The folder of a dense model: of `tiny` well trained, of a Hub's model fine-tuned."""
+        folder = str(self.folder / f"dense{seed}")
+        how = dict(steps=DENSE_STEPS) if self.tiny else self.start()
+        self.want(how | DENSE | dict(seed=seed, out=folder))
+        return folder
+
+    def start(self, dense=0):
+        """What all fine-pruning shares: from a dense `tiny`, or from the Hub's model itself."""
+        if self.tiny:
+            return dict(model=self.dense(dense), steps=STEPS, batch_size=32, eps=1e-8)
+        return dict(model=self.args.model, dataset=self.args.dataset,
+                    data_path=self.args.data_path)
+
+    def best(self, flags, name, values):
+        """`flags` with that of `values` for a flag with which a run of the seed TUNING ends best
+        (of soft movement among those that leave what they should); None until these are made."""
+        if flags is None:
+            return None
+        rows = {value: self.want(flags | {name: value, "seed": TUNING}) for value in values}
+        if None in rows.values():
+            return None
+        return flags | {name: min(rows, key=lambda value: (
+            rows[value]["left"] > flags.get("leftover", 1) + 0.02, rows[value]["loss"]))}
+
+    def tuned(self, how, leftover=0.1, dense=0, distill=None, teacher=None, **more):
+        """The flags of a method: `how`, and the rate, and for soft movement and GUM the lambda,
+        that suit it. Leftovers up to 25 % have those of 10 %, others those of 50 %; all else
+        that is in `more` and no shorter training changes none."""
+        flags = self.start() | how | dict(distill=distill, teacher=teacher)
+        if more.get("steps", STEPS) < STEPS and self.tiny:
+            flags["steps"] = more["steps"]
+        if how["method"] != "none":
+            flags |= dict(leftover=0.1 if leftover <= 0.25 else 0.5)
+        if how["method"] == "soft":
+            flags = self.best(flags | dict(lr=self.lrs[1]), "lambda_mvp", (2.0, 20.0, 200.0))
+        flags = self.best(flags, "lr", self.lrs)
+        if flags and how["method"] == "gum" and "lambda_gum" not in flags:
+            flags = self.best(flags, "lambda_gum", (1.0, 10.0, 100.0))
+        if flags and "leftover" in flags:
+            flags |= dict(leftover=leftover)
+        return flags and flags | more | dict(model=self.start(dense)["model"])
+
+    def run(self, how, **more):
+        """The run of each seed, tuned."""
+        flags = self.tuned(how, **more)
+        return lambda seed: flags and flags | dict(seed=seed)
+
+    def as_gum(self, how):
+        """The run of each seed with the layer widths that GUM ended with, tuned. Without pruning:
+        of new neurons in a dense model, or of a model that is `how["new"]` in all."""
+        gum, how = self.tuned(GUM), dict(how)
+        new = how.pop("new", None)
+
+        def flags_of(seed, **rate):
+            row = gum and self.want(gum | dict(seed=seed))
+            if not row:
+                return None
+            its = dict(leftover=0.1, scope=row["widths"])
+            if new:
+                its = dict(model=str(self.folder / f"{new}-{row['widths']}-seed{seed}"))
+            return self.start() | its | rate | how | dict(seed=seed)
+
+        if "lr" in how:
+            return flags_of
+        rows = {lr: flags_of(TUNING, lr=lr) for lr in self.lrs}
+        rows = {lr: flags and self.want(flags) for lr, flags in rows.items()}
+        if None in rows.values():
+            return lambda seed: None
+        best = min(rows, key=lambda lr: rows[lr]["loss"])
+        return lambda seed: flags_of(seed, lr=best)
+
+    def questions(self):
+        """{name: question}, in the order in which they are made."""
+        def methods(**how):
+            return {name: {f"{leftover:.0%}": self.run(flags, leftover=leftover, **how)
+                           for leftover in LEFTOVERS} for name, flags in METHODS.items()}
+
+        def uniqueness(**how):
+            """Of the runs in a row, the first one's rate serves all."""
+            return {name: {f"{weight:g}": self.run(flags, lambda_gum=weight, **how)
+                           for weight in (0.0, 1.0, 3.0, 10.0, 30.0, 100.0)}
+                    for name, flags in (("each layer", TOP_V), ("all layers", GLOBAL))}
+
+        def transfer(name, steps):
+            more, hub = dict(dataset=name, steps=steps), data.DATASETS[name].get("hub")
+            if self.args.data and hub:
+                more["data_path"] = str(Path(self.args.data, hub))
+            rows = {"Dense": DENSE, **MAIN, "GUM, v reached at 30 %": EARLY}
+            del rows["Random"]
+            return Question(f"Fine-pruning on {name}, to 10 %", {
+                label: {"": self.run(how, **more)} for label, how in rows.items()},
+                PAIRS[1:] + (("GUM, v reached at 30 %", "GUM"),), 3)
+
+        dense = {"Dense": {"all": self.run(DENSE)}}
+        distilling = dict(distill=True, teacher=self.dense())
+        yield "methods", Question("The methods", dense | methods(), PAIRS)
+        if self.tiny:
+            yield "where", Question("Where neurons stay, or which, at 10 %", {
+                "Random": {"each layer alike": self.run(RANDOM), "as GUM": self.as_gum(RANDOM)},
+                "Magnitude": {"each layer alike": self.run(MAGNITUDE),
+                              "as GUM": self.as_gum(MAGNITUDE)},
+                "Top_v": {"each layer alike": self.run(TOP_V), "as GUM": self.as_gum(TOP_V)},
+                "GUM": {"as GUM": self.run(GUM)},
+                "New neurons": {"as GUM": self.as_gum(DENSE | dict(new="neurons"))},
+                "From scratch, as long as all": {"as GUM": self.as_gum(
+                    DENSE | dict(new="scratch", lr=5e-3, steps=DENSE_STEPS + STEPS))}},
+                (("Random", "GUM"), ("Top_v", "GUM")))
+        yield "when", Question("When the leftover is reached, at 10 %", {
+            name: {f"after {until:.0%}": self.run(how | dict(prune_until=until))
+                   for until in (0.15, 0.3, 0.5, 0.7)}
+            for name, how in METHODS.items() if how in (TOP_V, GLOBAL, GUM)})
+        yield "uniqueness", Question("The weight of uniqueness, at 10 %", uniqueness())
+        yield "methods-distilled", Question(
+            "The methods, distilled", {"Dense": {"all": self.run(DENSE, **distilling)}}
+            | methods(**distilling), PAIRS)
+        yield "uniqueness-distilled", Question(
+            "The weight of uniqueness, at 10 %, distilled", uniqueness(**distilling))
+        yield "memory", Question("How much of the similarity is the last batch's, at 10 %", {
+            "GUM": {f"{share:g}": self.run(GUM, lambda_sim=share)
+                    for share in (0.01, 0.1, 0.5, 0.99)}})
+        if self.tiny:
+            yield "other-models", Question("From other dense models, to 10 %", {
+                name: {f"seed {dense}": self.run(how, dense=dense) for dense in (0, 1, 2)}
+                for name, how in (MAIN | {"GUM, v reached at 30 %": EARLY}).items()}, PAIRS)
+            yield "how-long", Question("How long, at 10 %", {
+                name: {f"{steps:,} steps": self.run(how, steps=steps)
+                       for steps in (50, 100, 200, 400, 1000, 3000)}
+                for name, how in MAIN.items()}, PAIRS, 3)
+            for name, steps in (("toysql", 1000), ("e2e", 400), ("wikitext", 400)):
+                yield name, transfer(name, steps)
+
+
+def read_rows(file=CSV):
+    """{command: row} of what is made. Numbers are numbers, what a run lacks is None."""
+    if not file.exists():
+        return {}
+    with open(file, newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    texts = "command", "widths", "data"
+    return {row["command"]: {name: value if name in texts else float(value) if value else None
+                             for name, value in row.items()} for row in rows}
+
+
+def write_rows(rows, file=CSV):
+    with whole(file) as beside, open(beside, "w", newline="") as lines:
+        writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows.values())
+
+
+# One run, in a process of its own.
+
+
+def new_model(path):
+    """Make the folder of a model that no training has: `neurons-W,W,..-seedN`, the dense model of
+    the study with new MLPs of these widths, or `scratch-..`, all of it new."""
+    kind, widths, seed = re.fullmatch(r"(\w+)-([\d,]+)-seed(\d+)", path.name).groups()
+    torch.manual_seed(int(seed))
+    old = GPT.from_pretrained(path.parent / "dense0")
+    settings = vars(old.config) | dict(mlp_widths=tuple(map(int, widths.split(","))))
+    model = GPT(GPTConfig(**settings))
+    if kind == "neurons":
+        kept = {name: value for name, value in old.state_dict().items() if ".mlp." not in name}
+        model.load_state_dict(kept, strict=False)
+    model.save_pretrained(path)
+
+
+def split_of(args, config, split):
+    """A split of a run's data, as it was trained on."""
+    block_size = args.block_size or min(train.BLOCK_SIZE[args.dataset], config.n_positions)
+    return measure.load(args.dataset, split, config.vocab_size, block_size, args.data_path,
+                        args.data_config)
+
+
+def measures(model, args, suffix=""):
+    """Sensitivity and uniqueness of the neurons that are left, on 512 training sequences."""
+    sensitivity, Cs, tokens = measure.activation_statistics(
+        model, split_of(args, model.config, "train"), first=512)
+    values = dict(sensitivity=sensitivity) | measure.redundancy(Cs, tokens)[0]
+    return {name + suffix: value for name, value in values.items()}
+
+
+def watched(fine_prune, file):
+    """`train.fine_prune`, that also measures, once all are pruned that should be, what is left."""
+    def step_and_measure(model, pruner, optimizer, micro_batches, step, args, teacher=None):
+        result = fine_prune(model, pruner, optimizer, micro_batches, step, args, teacher)
+        when = pruner.steps, pruner.prune_until
+        if pruner.leftover < 1 and cubic(step, *when) == 0 < cubic(step - 1, *when):
+            small = shrink(copy.deepcopy(model)).eval()
+            loss = measure.mean_loss(small, split_of(args, model.config, "validation"),
+                                     nullcontext(), 32)
+            file.write_text(json.dumps(measures(small, args, "_pruned") | dict(loss_pruned=loss)))
+        return result
+
+    return step_and_measure
+
+
+def make_run(flags, folder):
+    """Make a run in `folder`, as its command would, and return its row."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    pruned, log = folder.with_suffix(".json"), folder.with_suffix(".log")
+    words = shlex.split(command(flags | dict(out=str(folder), eval_every=10**6)))[2:]
+    words += ["--data-path", flags["data_path"]] * bool(flags.get("data_path"))
+    words += ["--resume"] * (folder.exists() and read_run(folder).state != "new")
+    step, sys.argv = train.fine_prune, ["train.py", *words]
+    train.fine_prune = watched(step, pruned)
+    try:
+        with open(log, "a") as file, redirect_stdout(file), redirect_stderr(file):
+            train.main()
+    except SystemExit as error:
+        raise RuntimeError(f"{command(flags)}: see {log}") from error
+    finally:
+        train.fine_prune = step
+    run = read_run(folder)
+    metrics, args = run.metrics, train.resolve(train.parse(words))
+    row = dict.fromkeys(COLUMNS) | dict(
+        command=command(flags), loss=metrics["result"]["val_loss"], left=metrics["leftover"],
+        widths=",".join(map(str, metrics["result"]["widths"])), seconds=metrics["seconds"],
+        loss_before=metrics["start"]["val_loss"], data=metrics["data"]["train"]["sha256"][:8])
+    if data.DATASETS[args.dataset]["metric"] == "perplexity":
+        row |= measures(measure.load_model(folder).to(args.device).eval(), args)
+    else:
+        on = measure.On(args.dataset, args.data_path, args.data_config, metrics["block_size"],
+                        "train", 512, 200, 1, None)
+        row |= measure.measure(folder, args.device, on)[0]
+    if pruned.exists():
+        row |= json.loads(pruned.read_text())
+    return {name: row[name] for name in COLUMNS}
+
+
+def folder_of(flags, folder):
+    """Where a run is made."""
+    if "out" in flags:
+        return Path(flags["out"])
+    name = "-".join(str(flags[key]) for key in ("method", "leftover", "seed") if key in flags)
+    return folder / f"{name}-{zlib.crc32(command(flags).encode()):08x}"
+
+
+def is_ready(flags, folder):
+    """Whether the models that a run starts from are there; new ones are made."""
+    start = Path(flags.get("model", ""))
+    dense = {folder / "dense0"} if start.parent == folder else set()
+    for one in (start, Path(flags.get("teacher", ""))):
+        if one.parent == folder and one.name.startswith("dense"):
+            dense.add(one)
+    if not all((one / "metrics.json").exists() for one in dense):
+        return False
+    if re.match("neurons-|scratch-", start.name) and not start.exists():
+        new_model(start)
+    return True
+
+
+def wanted_by(args, known):
+    """{command: flags} of the runs that the questions in `args` take next, and are not `known`."""
+    study, wanted = Study(known, args), {}
+    for name, question in study.questions():
+        if not args.only or re.search(args.only, name):
+            runs = [run for row in question.table.values() for run in row.values()]
+            for flags in (run(seed) for seed in range(question.seeds) for run in runs):
+                if flags:
+                    study.want(flags)
+            wanted |= study.wanted
+        study.wanted = {}
+    return wanted
+
+
+def make(args):
+    """Make all runs that are not made yet, several at a time."""
+    known, folder, running, failed = read_rows(), Path(args.out), {}, {}
+    if args.list:
+        for name in wanted_by(args, known):
+            print(name)
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    folder.mkdir(parents=True, exist_ok=True)
+    processes = args.processes or (1 if torch.cuda.is_available() else os.cpu_count())
+    with (locked(folder, wait=False), data.bar("what matters", unit="run", leave=True) as bar,
+          ProcessPoolExecutor(processes, get_context("spawn")) as pool):
+        while True:
+            wanted = wanted_by(args, known)
+            bar.total = bar.n + len(wanted)
+            for name, flags in wanted.items():
+                if len(running) < processes and name not in [*running.values(), *failed] and (
+                        is_ready(flags, folder)):
+                    running[pool.submit(make_run, flags, folder_of(flags, folder))] = name
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                name = running.pop(future)
+                if future.exception():
+                    failed[name] = future.exception()
+                    continue
+                known[name] = future.result()
+                write_rows(known)
+                bar.update()
+                if "out" not in wanted[name]:
+                    made = folder_of(wanted[name], folder)
+                    shutil.rmtree(made)
+                    for suffix in (".json", ".log"):
+                        made.with_suffix(suffix).unlink(missing_ok=True)
+    for error in failed.values():
+        print(error, file=sys.stderr)
+    if failed:
+        raise ValueError(f"{len(failed)} runs failed")
+
+
+FLAGS = dict(
+    make=dict(
+        only=Flag(str, "only questions whose name matches this"),
+        list=Flag(None, "only print the commands of what is to be made next"),
+        processes=Flag(int, "how many at a time (default: one for each core, or one on a GPU)",
+                       within=ABOVE_0),
+        out=Flag(str, "where to make them", "out/what-matters"),
+        model=Flag(str, "tiny, or a Hub's model: then of the paper's own questions", "tiny"),
+        dataset=Flag(data.DATASETS, "for a Hub's model", "wikitext"),
+        data_path=Flag(str, "for a Hub's model: a copy of the data"),
+        data=Flag(str, "a folder with copies of the Hub's data, as Salesforce/wikitext")))
+
+
+def main():
+    cli.call(*cli.command_line((make,), FLAGS, __doc__))
+
+
+if __name__ == "__main__":
+    main()
