@@ -21,6 +21,7 @@ import sys
 import zlib
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -262,8 +263,8 @@ def new_model(path):
 def split_of(args, config, split):
     """A split of a run's data, as it was trained on."""
     block_size = args.block_size or min(train.BLOCK_SIZE[args.dataset], config.n_positions)
-    return measure.load(args.dataset, split, config.vocab_size, block_size, args.data_path,
-                        args.data_config)
+    return data.load(args.dataset, split, config.vocab_size, block_size, args.data_path,
+                     args.data_config)
 
 
 def measures(model, args, suffix=""):
@@ -289,12 +290,18 @@ def watched(fine_prune, file):
     return step_and_measure
 
 
+def share_data():
+    """Let all runs of a process share their data: to read them takes as long as 30 steps."""
+    data.load = cache(data.load)
+
+
 def make_run(flags, folder):
     """Make a run in `folder`, as its command would, and return its row."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    pruned, log = folder.with_suffix(".json"), folder.with_suffix(".log")
+    pruned, log = Path(f"{folder}.json"), Path(f"{folder}.log")
     words = shlex.split(command(flags | dict(out=str(folder), eval_every=10**6)))[2:]
-    words += ["--data-path", flags["data_path"]] * bool(flags.get("data_path"))
+    if flags.get("data_path"):
+        words += ["--data-path", flags["data_path"]]
     words += ["--resume"] * (folder.exists() and read_run(folder).state != "new")
     step, sys.argv = train.fine_prune, ["train.py", *words]
     train.fine_prune = watched(step, pruned)
@@ -302,7 +309,7 @@ def make_run(flags, folder):
         with open(log, "a") as file, redirect_stdout(file), redirect_stderr(file):
             train.main()
     except SystemExit as error:
-        raise RuntimeError(f"{command(flags)}: see {log}") from error
+        raise RuntimeError(f"see {log}") from error
     finally:
         train.fine_prune = step
     run = read_run(folder)
@@ -334,7 +341,7 @@ def is_ready(flags, folder):
     """Whether the models that a run starts from are there; new ones are made."""
     start = Path(flags.get("model", ""))
     dense = {folder / "dense0"} if start.parent == folder else set()
-    for one in (start, Path(flags.get("teacher", ""))):
+    for one in (start, Path(flags.get("teacher") or "")):
         if one.parent == folder and one.name.startswith("dense"):
             dense.add(one)
     if not all((one / "metrics.json").exists() for one in dense):
@@ -369,7 +376,7 @@ def make(args):
     folder.mkdir(parents=True, exist_ok=True)
     processes = args.processes or (1 if torch.cuda.is_available() else os.cpu_count())
     with (locked(folder, wait=False), data.bar("what matters", unit="run", leave=True) as bar,
-          ProcessPoolExecutor(processes, get_context("spawn")) as pool):
+          ProcessPoolExecutor(processes, get_context("spawn"), share_data) as pool):
         while True:
             wanted = wanted_by(args, known)
             bar.total = bar.n + len(wanted)
@@ -390,10 +397,10 @@ def make(args):
                 if "out" not in wanted[name]:
                     made = folder_of(wanted[name], folder)
                     shutil.rmtree(made)
-                    for suffix in (".json", ".log"):
-                        made.with_suffix(suffix).unlink(missing_ok=True)
-    for error in failed.values():
-        print(error, file=sys.stderr)
+                    for suffix in ("json", "log"):
+                        Path(f"{made}.{suffix}").unlink(missing_ok=True)
+    for name, error in failed.items():
+        print(f"{name}: {type(error).__name__} {error}", file=sys.stderr)
     if failed:
         raise ValueError(f"{len(failed)} runs failed")
 
