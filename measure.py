@@ -243,6 +243,7 @@ FLAGS = dict(
         outputs=Flag(None, "write outputs.txt and references.txt as e2e-metrics reads")),
     table=dict(
         runs=RUNS, metric=Flag(MEASURES, "what to show (default: what the data asks for)"),
+        against=Flag(str, "the row, as Top_v, to show the others' differences to, seed by seed"),
         format=Flag(("markdown", "csv", "latex"), "of the table", "markdown")),
     figures=dict(runs=RUNS, out=Flag(str, "the folder to draw into", "figures")),
     export=dict(

@@ -75,6 +75,22 @@ def mean_std(values):
     return fmean(values), stdev(values) if len(values) > 1 else 0.0
 
 
+# 97.5 % quantiles of Student's t, of 1 to 20 degrees of freedom.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179,
+           2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
+
+
+def paired(values, others):
+    """The mean of `values` less `others`, pair by pair, and half of its 95 % interval's width
+    (infinite of one pair)."""
+    n = len(values)
+    mean, std = mean_std([a - b for a, b in zip(values, others)])
+    if n == 1:
+        return mean, math.inf
+    t = STUDENT[n - 2] if n - 2 < len(STUDENT) else 1.96 + 2.5 / (n - 1)  # to 0.002
+    return mean, t * std / math.sqrt(n)
+
+
 def cell(runs, metric):
     """A table's cell: mean ± sample standard deviation of `runs`, their number, and what is left
     where that is not what was wanted."""
@@ -85,6 +101,18 @@ def cell(runs, metric):
     text = f"{mean:.4g}" + f" ± {std:.2g}" * (len(values) > 1) + f" ({len(values)})"
     left = fmean(run.metrics["leftover"] for run in runs)
     return text + f" at {left:.3f}" * (abs(left - runs[0].leftover) >= 0.01)
+
+
+def difference(runs, others, metric):
+    """A table's cell: the mean difference of `runs` to the `others` of the same seeds, half of its
+    95 % interval's width, and their number."""
+    there = {run.settings["seed"]: run.values[metric] for run in others}
+    pairs = [(run.values[metric], there.get(run.settings["seed"])) for run in runs]
+    pairs = [pair for pair in pairs if None not in pair]
+    if not pairs:
+        return "-"
+    mean, half = paired(*zip(*pairs))
+    return f"{mean:+.4g}" + f" ± {half:.2g}" * (len(pairs) > 1) + f" ({len(pairs)})"
 
 
 def timed(function, device):
@@ -197,18 +225,30 @@ def tracker(folder, wanted):
 
 
 def table(args):
-    """Print the paper's tables: methods down, leftover across, means over seeds."""
+    """Print the paper's tables: methods down, leftover across, means over seeds, or, with
+    --against, mean differences to a row, seed by seed, and their 95 % intervals."""
     for (dataset, model), runs in read_runs(args.runs).items():
+        names = {run.label + ", distilled" * run.distill: (run.label, run.distill) for run in runs}
+        if args.against and args.against not in names:
+            raise ValueError(f"no row is {args.against}: they are {'; '.join(names)}")
         metric = args.metric or data.DATASETS[dataset]["metric"].replace("rouge", "rougeL")
         if not args.metric and any(metric not in run.values for run in runs):
             metric = "perplexity"
         require(runs, metric)
         leftovers = sorted({run.leftover for run in runs}, reverse=True)
-        lines = [[f"{dataset}, {model}: {MEASURES[metric]}", *(f"{v:g}" for v in leftovers)]]
-        for row in dict.fromkeys((run.label, run.distill) for run in runs):
-            of_row = [run for run in runs if (run.label, run.distill) == row]
-            lines.append([row[0] + ", distilled" * row[1], *(
-                cell([run for run in of_row if run.leftover == v], metric) for v in leftovers)])
+        title = f"{dataset}, {model}: {MEASURES[metric]}"
+        title += f", less {args.against}'s" if args.against else ""
+        lines = [[title, *(f"{v:g}" for v in leftovers)]]
+
+        def at(name, leftover):
+            return [run for run in runs if (run.label, run.distill) == names[name]
+                    and run.leftover == leftover]
+
+        for name in names:
+            if name != args.against:
+                lines.append([name, *(
+                    difference(at(name, v), at(args.against, v), metric) if args.against
+                    else cell(at(name, v), metric) for v in leftovers)])
         if args.format == "csv":
             csv.writer(sys.stdout).writerows(lines)
         elif args.format == "markdown":
@@ -263,10 +303,10 @@ def styles_of(runs):
                      "validation": dict(color="#882255", marker="o")}
 
 
-def draw(path, panels, styles, formats=("png", "pdf"), dpi=200):
+def draw(path, panels, styles, formats=("png", "pdf"), dpi=200, bands=False):
     """A figure of `panels` {(title, x label, y label): [(curve, xs, ys) of each run]}. Points are
-    means over a curve's runs, bars sample standard deviations. Panels of the same quantities share
-    their axes."""
+    means over a curve's runs, bars, or `bands`, sample standard deviations. Panels of the same
+    quantities share their axes."""
     import matplotlib
     from matplotlib.figure import Figure  # without pyplot, which would look for a screen
 
@@ -291,7 +331,11 @@ def draw(path, panels, styles, formats=("png", "pdf"), dpi=200):
             means, stds = zip(*(mean_std(ys[x]) for x in xs))
             crowded = dict(marker="", elinewidth=0.5, capsize=0) if len(xs) > 12 else {}
             style = dict(capsize=2, mfc="none") | styles[curve] | crowded
-            handles[curve] = ax.errorbar(xs, means, stds if any(stds) else None, **style)
+            if bands:
+                low, high = ([y + sign * std for y, std in zip(means, stds)] for sign in (-1, 1))
+                ax.fill_between(xs, low, high, color=style["color"], alpha=0.2, lw=0)
+            bars = stds if any(stds) and not bands else None
+            handles[curve] = ax.errorbar(xs, means, bars, **style)
     for (_, y_label), ax in peers.items():
         if y_label.startswith("share"):  # bars may reach beyond what a share can be
             ax.set_ylim(0, min(1.03, ax.get_ylim()[1]))
@@ -301,6 +345,12 @@ def draw(path, panels, styles, formats=("png", "pdf"), dpi=200):
     for suffix in formats:
         with whole(path.with_name(f"{path.name}.{suffix}")) as file:
             figure.savefig(file, format=suffix, dpi=dpi)
+
+
+def loss_panels(runs, how):
+    """Loss against leftover."""
+    return {(how, "leftover wanted (share of neurons)", MEASURES["loss"]):
+            [(run.label, [run.leftover], [run.values["loss"]]) for run in runs]}
 
 
 def redundancy_panels(runs, how, kind):
@@ -366,25 +416,26 @@ def draw_training(folder, metrics):
 
 
 def figures(args):
-    """Draw the paper's figures 1 to 6, and training curves."""
+    """Draw the paper's figures 1 to 6, loss against leftover, and training curves."""
     for (dataset, model), runs in read_runs(args.runs).items():
         require(runs, "sensitivity")
         styles = styles_of(runs)
 
-        def save(name, panels):
+        def save(name, panels, **how):
             path = Path(args.out, f"{name}-{dataset}-{model}")
-            draw(path, panels, styles)
+            draw(path, panels, styles, **how)
             print(f"{path}.png")
 
         dense, pruned = [run for run in runs if run.method == "none"], {}
         for run in runs:
             if run.method != "none":
                 pruned.setdefault((run.distill, run.leftover), []).append(run)
-        ratios, values, layers = {}, {}, {}
+        losses, ratios, values, layers = {}, {}, {}, {}
         for (distill, leftover), alike in (pruned or {(False, 1.0): []}).items():
             how = "with distillation" if distill else "without distillation"
             suffix = f"-{leftover:g}" + "-distilled" * distill
             shown = [run for run in runs if run.method == "none" or run.distill == distill]
+            losses |= loss_panels(shown, how)
             ratios |= redundancy_panels(shown, how, "ratios")
             values |= redundancy_panels(shown, how, "values")
             save("similarity" + suffix, similarity_panels(dense + alike))
@@ -393,6 +444,7 @@ def figures(args):
                 layers[f"leftover {leftover:g}, {how}", "layer", "share of neurons left"] = [
                     (run.label, range(1, len(run.measures["counts"]) + 1),
                      run.metrics["leftover_per_layer"]) for run in alike]  # figure 4
+        save("loss", losses, bands=True)
         save("redundancy-ratios", ratios)
         save("redundancy-values", values)
         if layers:

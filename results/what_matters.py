@@ -24,6 +24,7 @@ from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import correlation, fmean
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ from model import GPT, GPTConfig, whole
 from prune import cubic, defaults_of, shrink
 from results import cli
 from results.cli import ABOVE_0, Flag, flag_of
+from results.compare import mean_std, paired
 from results.runs import locked, read_run
 
 CSV = Path(__file__).with_name("what-matters.csv")
@@ -55,7 +57,8 @@ PAIRS = (("Top_v", "Random"), ("Global Top_v", "Top_v"), ("GUM", "Global Top_v")
 
 class Question(NamedTuple):
     """A table: {row: {column: run}}. A run is a function from a seed to its flags, or to None as
-    long as those depend on runs that are to be made. `pairs`: rows to compare, seed by seed."""
+    long as those depend on runs that are to be made. `pairs`: what to compare, seed by seed: rows,
+    in every column, or cells, (row, column)."""
 
     title: str
     table: dict
@@ -199,20 +202,28 @@ class Study:
                 "New neurons": {"as GUM": self.as_gum(DENSE | dict(new="neurons"))},
                 "From scratch, as long as all": {"as GUM": self.as_gum(
                     DENSE | dict(new="scratch", lr=5e-3, steps=DENSE_STEPS + STEPS))}},
-                (("Random", "GUM"), ("Top_v", "GUM")))
+                ((("Random", "as GUM"), ("Random", "each layer alike")),
+                 (("Top_v", "as GUM"), ("Top_v", "each layer alike")),
+                 *(((name, "as GUM"), ("GUM", "as GUM"))
+                   for name in ("Random", "Magnitude", "Top_v", "New neurons"))))
         yield "when", Question("When the leftover is reached, at 10 %", {
             name: {f"after {until:.0%}": self.run(how | dict(prune_until=until))
                    for until in (0.15, 0.3, 0.5, 0.7)}
-            for name, how in METHODS.items() if how in (TOP_V, GLOBAL, GUM)})
-        yield "uniqueness", Question("The weight of uniqueness, at 10 %", uniqueness())
+            for name, how in METHODS.items() if how in (TOP_V, GLOBAL, GUM)},
+            (*(((name, "after 30%"), (name, "after 70%")) for name in ("Top_v", "Global Top_v",
+                                                                       "GUM")), PAIRS[-1]))
+        weights = tuple(((scope, weight), (scope, "0")) for scope in ("each layer", "all layers")
+                        for weight in ("1", "10", "100"))
+        yield "uniqueness", Question("The weight of uniqueness, at 10 %", uniqueness(), weights)
         yield "methods-distilled", Question(
             "The methods, distilled", {"Dense": {"all": self.run(DENSE, **distilling)}}
             | methods(**distilling), PAIRS)
         yield "uniqueness-distilled", Question(
-            "The weight of uniqueness, at 10 %, distilled", uniqueness(**distilling))
+            "The weight of uniqueness, at 10 %, distilled", uniqueness(**distilling), weights)
         yield "memory", Question("How much of the similarity is the last batch's, at 10 %", {
             "GUM": {f"{share:g}": self.run(GUM, lambda_sim=share)
-                    for share in (0.01, 0.1, 0.5, 0.99)}})
+                    for share in (0.01, 0.1, 0.5, 0.99)}},
+            tuple((("GUM", share), ("GUM", "0.99")) for share in ("0.01", "0.1", "0.5")))
         if self.tiny:
             yield "other-models", Question("From other dense models, to 10 %", {
                 name: {f"seed {dense}": self.run(how, dense=dense) for dense in (0, 1, 2)}
@@ -405,21 +416,131 @@ def make(args):
         raise ValueError(f"{len(failed)} runs failed")
 
 
+# Tables and figures.
+
+
+def rows_of(study, question, row, column, value="loss"):
+    """{seed: value} of a cell, as far as it is made."""
+    run = question.table.get(row, {}).get(column)
+    found = ((seed, run and run(seed)) for seed in range(question.seeds))
+    rows = {seed: study.known.get(command(flags)) for seed, flags in found if flags}
+    return {seed: row[value] for seed, row in rows.items() if row and row[value] is not None}
+
+
+def columns_of(question):
+    return list(dict.fromkeys(column for row in question.table.values() for column in row))
+
+
+def table_of(study, question, value="loss"):
+    """A question's table in Markdown: mean ± sample standard deviation over the seeds."""
+    lines, columns = [], columns_of(question)
+    lines += [["", *columns], ["---"] * (1 + len(columns))]
+    for row in question.table:
+        cells = []
+        for column in columns:
+            values = list(rows_of(study, question, row, column, value).values())
+            left = rows_of(study, question, row, column, "left").values()
+            wanted = question.table[row].get(column, lambda seed: None)(0) or {}
+            text = "{:.4f} ± {:.4f}".format(*mean_std(values)) if values else ""
+            text += f" ({len(values)})" * (0 < len(values) < question.seeds)
+            if values and abs(fmean(left) - wanted.get("leftover", 1)) > 0.01:
+                text += f" at {fmean(left):.3f}"
+            cells.append(text)
+        lines.append([row, *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def differences_of(study, question):
+    """What a question compares, in Markdown: mean paired differences and their 95 % intervals."""
+    lines = []
+    for one, other in question.pairs:
+        cells = [(one, other)] if isinstance(one, tuple) else [
+            ((one, column), (other, column)) for column in columns_of(question)]
+        for a, b in cells:
+            here, there = (rows_of(study, question, *cell) for cell in (a, b))
+            seeds = [seed for seed in here if seed in there]
+            if len(seeds) > 1:
+                mean, half = paired([here[s] for s in seeds], [there[s] for s in seeds])
+                names = [f"{row}, {column}" if column else row for row, column in (a, b)]
+                if a[1] == b[1]:
+                    names = [a[0], f"{b[0]}, {b[1]}" if b[1] else b[0]]
+                lines.append(f"| {names[0]} − {names[1]} | {mean:+.4f} | [{mean - half:+.4f}, "
+                             f"{mean + half:+.4f}] | {len(seeds)} |")
+    head = ["| difference (nats/token) | mean | 95 % interval | seeds |", "|" + " --- |" * 4]
+    return "\n".join(head + lines) if lines else ""
+
+
+def commands_of(question):
+    """The commands of a question's runs of seed 0, folded up."""
+    runs = [run(0) for row in question.table.values() for run in row.values()]
+    names = dict.fromkeys(command(flags) for flags in runs if flags)
+    return "\n".join(["<details><summary>Commands (seed 0)</summary>", "", "```sh", *names, "```",
+                      "", "</details>"])
+
+
+def ranks(values):
+    """Each value's place in their order; equal ones share theirs."""
+    order = sorted(values)
+    return [order.index(value) + (order.count(value) - 1) / 2 for value in values]
+
+
+def predictors(rows):
+    """Spearman's rank correlation of each measure with the final loss, in Markdown: over all runs
+    (of one leftover), and over the means of each method."""
+    lines = ["| measure | when pruned | at the end |", "| --- | --- | --- |"]
+    for name in ("sensitivity", "uniqueness", "span_uniqueness", "loss"):
+        cells = []
+        for suffix in ("_pruned", ""):
+            both = [(row[name + suffix], row["loss"]) for row in rows
+                    if row[name + suffix] is not None]
+            known = len(both) > 2 and name + suffix != "loss"
+            cells.append(f"{correlation(*map(ranks, zip(*both))):+.2f} ({len(both)})" if known
+                         else "")
+        lines.append(f"| {measure.MEASURES[name]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def report(args):
+    """Write tables into what-matters.md, between the comments that name them, and draw figures."""
+    study, page = Study(read_rows(), args), CSV.with_suffix(".md")
+    text, parts = page.read_text(encoding="utf-8"), {}
+    for name, question in study.questions():
+        tables = [table_of(study, question)] + [
+            f"{measure.MEASURES[value]}:\n\n{table_of(study, question, value)}"
+            for value in ("exact_match", "bleu", "rougeL") if any(
+                rows_of(study, question, row, column, value)
+                for row in question.table for column in columns_of(question))]
+        parts[name] = "\n\n".join(filter(None, [
+            *tables, differences_of(study, question), commands_of(question)]))
+    at_10 = [row for name, row in study.known.items() if re.search(r"--leftover 0\.1\b", name)
+             and not re.search(r"--(dataset|distill|seed 99)", name)
+             and re.search(r"dense0 .*--steps 400 ", name)]
+    parts["predictors"] = predictors(at_10)
+    for name, part in parts.items():
+        text = re.sub(rf"(?s)(<!-- {name} -->\n).*?(<!-- end -->)",
+                      lambda match: f"{match[1]}{part}\n{match[2]}", text)
+    with whole(page) as file:
+        file.write_text(text, encoding="utf-8")
+    print(f"{page}: {', '.join(parts)}")
+
+
+ABOUT = dict(
+    out=Flag(str, "where to make them", "out/what-matters"),
+    model=Flag(str, "tiny, or a Hub's model: then of the paper's own questions", "tiny"),
+    dataset=Flag(data.DATASETS, "for a Hub's model", "wikitext"),
+    data_path=Flag(str, "for a Hub's model: a copy of the data"),
+    data=Flag(str, "a folder with copies of the Hub's data, as Salesforce/wikitext"))
 FLAGS = dict(
     make=dict(
         only=Flag(str, "only questions whose name matches this"),
         list=Flag(None, "only print the commands of what is to be made next"),
         processes=Flag(int, "how many at a time (default: one for each core, or one on a GPU)",
-                       within=ABOVE_0),
-        out=Flag(str, "where to make them", "out/what-matters"),
-        model=Flag(str, "tiny, or a Hub's model: then of the paper's own questions", "tiny"),
-        dataset=Flag(data.DATASETS, "for a Hub's model", "wikitext"),
-        data_path=Flag(str, "for a Hub's model: a copy of the data"),
-        data=Flag(str, "a folder with copies of the Hub's data, as Salesforce/wikitext")))
+                       within=ABOVE_0), **ABOUT),
+    report=ABOUT)
 
 
 def main():
-    cli.call(*cli.command_line((make,), FLAGS, __doc__))
+    cli.call(*cli.command_line((make, report), FLAGS, __doc__))
 
 
 if __name__ == "__main__":

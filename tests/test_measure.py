@@ -3,6 +3,7 @@ mistakes. Models are in float64 where equal choices or more than five digits are
 
 import csv
 import json
+import math
 import os
 import re
 import statistics
@@ -290,8 +291,8 @@ def test_runs_of_every_method_are_measured_tabled_and_drawn(kind, capsys):
     evaluate("out/gum")
     assert Path("out/gum/measure.json").read_bytes() == first
     assert sorted(os.listdir("out/gum")) == sorted([*unmeasured, "measure.json"])
-    assert "| GUM |" in table_of(capsys, *folders) and len(drawn_by(folders)) == 5
-    assert capsys.readouterr().out.count("figures/") == 5
+    assert "| GUM |" in table_of(capsys, *folders) and len(drawn_by(folders)) == 6
+    assert capsys.readouterr().out.count("figures/") == 6
     for _ in range(2):
         main("sample", "out/gum", "--prompt", "def f(x):", "--tokens", 20, "--device", "cpu")
     lines = capsys.readouterr().out.splitlines()
@@ -355,8 +356,8 @@ def fake(folder, method, leftover=0.5, seed=0, distill=False, value=None, real=N
         start=dict(widths=[20, 20]), result=dict(val_perplexity=5.0 + seed),
         leftover=real or leftover, leftover_per_layer=[leftover] * 2))
     if value is not None:
-        values = dict(exact_match=value, perplexity=3.0, sensitivity=value, uniqueness=0.9,
-                      span_uniqueness=None, leftover=leftover)
+        values = dict(exact_match=value, perplexity=3.0, loss=1 - value, sensitivity=value,
+                      uniqueness=0.9, span_uniqueness=None, leftover=leftover)
         counts = [[0] * 5 + [width] + [0] * 4 for width in widths]
         files["measure"] = dict(model=seed, values=values, ratios=values, counts=counts)
     for name, content in files.items():
@@ -429,11 +430,47 @@ def test_unmeasured_runs_show_their_perplexity_and_ablations_have_rows_of_their_
             in table_of(capsys, "a", "b", "c"))
 
 
+def student(t, n):
+    """The share of Student's distribution of n degrees of freedom within ±t, by summing it up."""
+    x = torch.linspace(-t, t, 200_001, dtype=torch.float64)
+    density = math.gamma((n + 1) / 2) / math.gamma(n / 2) / math.sqrt(n * math.pi)
+    return torch.trapezoid(density * (1 + x**2 / n) ** (-(n + 1) / 2), x).item()
+
+
+@pytest.mark.parametrize("n", [*range(2, 25), 60])
+def test_a_paired_differences_interval_is_students(n):
+    values = [0.1 * (i * i % 7) for i in range(n)]
+    others = [1 + 0.05 * (i % 3) for i in range(n)]
+    differences = [a - b for a, b in zip(values, others)]
+    mean, half = compare.paired(values, others)
+    assert mean == pytest.approx(sum(differences) / n)
+    t = half * math.sqrt(n) / statistics.stdev(differences)
+    assert student(t, n - 1) == pytest.approx(0.95, abs=3e-4)
+
+
+def test_a_table_shows_differences_to_a_row_seed_by_seed(fakes, capsys):
+    text = table_of(capsys, *fakes, "--against", "Top_v", "--format", "csv")
+    header, *rows = csv.reader(text.splitlines())
+    assert header[0] == "toysql, small: exact match, less Top_v's"
+    table = {row[0]: dict(zip(header[1:], row[1:])) for row in rows}
+    assert "Top_v" not in table and table["Dense"] == {"1": "-", "0.25": "-", "0.1": "-"}
+    assert table["GUM"]["0.25"] == "+0.375 (1)"  # of three seeds, the one that Top_v has too
+    text = table_of(capsys, *fakes, "--against", "GUM", "--format", "csv")
+    assert "Top_v,-,-0.375 (1),-" in text
+    text = table_of(capsys, *fakes, "--against", "GUM, distilled", "--format", "csv")
+    # 0.5, 0.75, 0.7 less half of each: 0.325 on average, its standard error 0.0382; times 4.303.
+    assert "GUM,-,+0.325 ± 0.16 (3)," in text
+    with pytest.raises(SystemExit):
+        main("table", *fakes, "--against", "Topv")
+    assert "no row is Topv: they are Dense; Top_v; " in capsys.readouterr().err
+
+
 def drawn_by(folders):
     """The figures that `folders` give: {name: (panels, styles)}."""
     seen = {}
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(compare, "draw", lambda path, *figure: seen.update({path.name: figure}))
+        patched.setattr(compare, "draw", lambda path, *figure, **how: seen.update(
+            {path.name: figure}))
         main("figures", *folders)
     return {name.removesuffix("-toysql-small"): figure for name, figure in seen.items()}
 
@@ -442,7 +479,7 @@ def test_figures_show_the_runs_and_are_not_blank(fakes):
     from matplotlib import image
 
     figures, left = drawn_by(fakes), "share of neurons left"
-    assert figures.keys() == {"redundancy-ratios", "redundancy-values", "layers", *(
+    assert figures.keys() == {"loss", "redundancy-ratios", "redundancy-values", "layers", *(
         f"{kind}-{which}" for kind in ("similarity", "training")
         for which in ("0.25", "0.1", "0.25-distilled", "0.1-distilled"))}
     without, taught = (figures["redundancy-values"][0][
@@ -451,6 +488,10 @@ def test_figures_show_the_runs_and_are_not_blank(fakes):
     assert sorted((*xs, *ys) for curve, xs, ys in without if curve == "GUM") == [
         (0.1, 0.25), (0.1, 0.5), (0.25, 0.5), (0.25, 0.7), (0.25, 0.75)]
     assert [(*xs, *ys) for curve, xs, ys in taught if curve == "Dense"] == [(1.0, 0.9)] * 2
+    losses = figures["loss"][0]["without distillation", "leftover wanted (share of neurons)",
+                                "validation loss (nats/token)"]
+    assert sorted((*xs, *ys) for curve, xs, ys in losses if curve == "GUM") == [
+        (0.1, 0.5), (0.1, 0.75), (0.25, 0.25), (0.25, pytest.approx(0.3)), (0.25, 0.5)]
     layers = figures["layers"][0]["leftover 0.1, with distillation", "layer", left]
     assert [(curve, *xs, *ys) for curve, xs, ys in layers] == [("GUM", 1, 2, 0.1, 0.1)] * 2
     counted = figures["similarity-0.25"][0]["layer 2", "largest |cos| to another neuron",
@@ -461,7 +502,8 @@ def test_figures_show_the_runs_and_are_not_blank(fakes):
     assert {curve for curve, *_ in of_gum} == {"layer 1", "layer 2"}
     assert all(xs == [*range(1, 30)] and ys == [5 / 20] * 29 for _, xs, ys in of_gum)
     main("figures", *fakes[:1], *(folder for folder in fakes if "none" in folder), "--out", "drawn")
-    names = ["layers", "redundancy-ratios", "redundancy-values", "similarity-0.1", "training-0.1"]
+    names = ["layers", "loss", "redundancy-ratios", "redundancy-values", "similarity-0.1",
+             "training-0.1"]
     assert sorted(os.listdir("drawn")) == [f"{name}-toysql-small.{form}" for name in names
                                            for form in ("pdf", "png")]
     for path in Path("drawn").glob("*.png"):
