@@ -189,9 +189,7 @@ class Study:
                 label: {"": self.run(how, **more)} for label, how in rows.items()},
                 PAIRS[1:] + (("GUM, v reached at 30 %", "GUM"),), 3)
 
-        dense = {"Dense": {"all": self.run(DENSE)}}
         distilling = dict(distill=True, teacher=self.dense())
-        yield "methods", Question("The methods", dense | methods(), PAIRS)
         if self.tiny:
             yield "where", Question("Where neurons stay, or which, at 10 %", {
                 "Random": {"each layer alike": self.run(RANDOM), "as GUM": self.as_gum(RANDOM)},
@@ -215,6 +213,8 @@ class Study:
         weights = tuple(((scope, weight), (scope, "0")) for scope in ("each layer", "all layers")
                         for weight in ("1", "10", "100"))
         yield "uniqueness", Question("The weight of uniqueness, at 10 %", uniqueness(), weights)
+        yield "methods", Question(
+            "The methods", {"Dense": {"all": self.run(DENSE)}} | methods(), PAIRS)
         yield "methods-distilled", Question(
             "The methods, distilled", {"Dense": {"all": self.run(DENSE, **distilling)}}
             | methods(**distilling), PAIRS)
