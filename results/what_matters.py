@@ -17,12 +17,13 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import zlib
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from functools import cache
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from statistics import correlation, fmean
 from typing import NamedTuple
@@ -397,7 +398,13 @@ def make(args):
                     running[pool.submit(make_run, flags, folder_of(flags, folder))] = name
             if not running:
                 break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
+            try:
+                done = wait(running, return_when=FIRST_COMPLETED).done
+            except KeyboardInterrupt:
+                for process in active_children():  # a terminal tells them, but not `kill`
+                    os.kill(process.pid, signal.SIGINT)
+                raise
+            for future in done:
                 name = running.pop(future)
                 if future.exception():
                     failed[name] = future.exception()
