@@ -1,0 +1,237 @@
+"""The study: which runs it takes and in which order, that none is made twice, and what it says."""
+
+import math
+import shlex
+import shutil
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_train import SMALL, save_small
+
+import data
+import measure
+import results.what_matters as study
+import train
+from model import GPT
+from results.runs import read_run
+
+ARGS = SimpleNamespace(out="out", model="tiny", dataset="wikitext", data_path=None, data=None,
+                       only=None, list=None, processes=60)
+
+
+class AtOnce:
+    """A pool that does all at once, in this process."""
+
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *args):
+        future = Future()
+        try:
+            future.set_result(function(*args))
+        except RuntimeError as error:
+            future.set_exception(error)
+        return future
+
+
+def loss_of(flags):
+    """A made-up world: each method has a best rate, lambda and end, GUM the lowest loss."""
+    best = dict(none=1e-3, magnitude=2e-3, random=4e-3, topv=4e-3, soft=2e-3, gum=4e-3)
+    loss = 1 + abs(math.log(flags["lr"] / best[flags["method"]])) / 10 if "lr" in flags else 1
+    loss += dict(random=0.3, topv=0.2, gum=0.1).get(flags["method"], 0)
+    loss += abs(math.log((flags.get("lambda_gum") or 1) / 100)) / 100
+    return loss + 0.01 * (flags.get("seed", 0) % 5)
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The flags of all runs, in the order in which they were made, none of them really."""
+    flags_of_all, file = [], Path("what-matters.csv")
+
+    def make_run(flags, folder):
+        assert flags not in flags_of_all
+        for name in ("model", "teacher"):  # what it starts from is there
+            if Path(flags.get(name) or "").parent == Path("out"):
+                assert Path(flags[name]).is_dir()
+        flags_of_all.append(flags)
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").touch()
+        if flags.get("tau") == "fails":
+            raise RuntimeError("see its log")
+        left = flags.get("leftover", 1.0) + 0.2 * (flags.get("lambda_mvp") == 2.0)
+        return dict.fromkeys(study.COLUMNS) | dict(
+            command=study.command(flags), loss=loss_of(flags), left=left, seconds=1.0,
+            widths="100,50,30,25", data="0" * 8)
+
+    monkeypatch.setattr(study, "make_run", make_run)
+    monkeypatch.setattr(study, "new_model", lambda path: path.mkdir())
+    monkeypatch.setattr(study, "ProcessPoolExecutor", AtOnce)
+    monkeypatch.setattr(study.read_rows, "__defaults__", (file,))
+    monkeypatch.setattr(study.write_rows, "__defaults__", (file,))
+    return flags_of_all
+
+
+def make(**how):
+    study.make(SimpleNamespace(**vars(ARGS) | how))
+
+
+def test_every_run_is_made_once_after_those_that_it_depends_on(made, capsys):
+    make()
+    assert made[0] == dict(method="none", steps=6000, seed=0, out="out/dense0")
+    commands = [study.command(flags) for flags in made]
+    assert len({*commands}) == len(made) > 500
+    assert {*commands} == {*study.read_rows()}
+    make()  # all there is
+    assert len(commands) == len(made)
+    assert {path.name.rsplit("-seed")[0] for path in Path("out").iterdir()} == {
+        ".lock", "dense0", "dense1", "dense2", "neurons-100,50,30,25", "scratch-100,50,30,25"}
+
+
+def test_tables_are_made_with_what_the_tuning_runs_have_chosen(made):
+    make(only="^methods$")
+    runs = [flags for flags in made if flags.get("seed") in range(5) and "leftover" in flags]
+    assert {(flags["method"], flags["lr"]) for flags in runs} == {
+        ("magnitude", 2e-3), ("random", 4e-3), ("topv", 4e-3), ("soft", 2e-3), ("gum", 4e-3)}
+    assert {flags["lambda_gum"] for flags in runs if flags["method"] == "gum"} == {100.0}
+    # With 2 it leaves more than it should, whatever its loss.
+    assert {flags["lambda_mvp"] for flags in runs if flags["method"] == "soft"} == {20.0}
+    assert len(runs) == 6 * 4 * 5
+    tuning = [flags for flags in made if flags.get("seed") == study.TUNING]
+    assert {flags["leftover"] for flags in tuning if flags["method"] != "none"} == {0.1, 0.5}
+
+
+def test_only_one_question_is_made_if_one_is_asked_for_and_listing_makes_nothing(made, capsys):
+    make(only="^memory$")
+    assert {flags["method"] for flags in made} == {"none", "gum"}
+    assert {flags.get("lambda_sim") for flags in made} == {None, 0.01, 0.1, 0.5, 0.99}
+    number = len(made)
+    make(list=True, only="^where$")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(made) == number and all(line.startswith("python train.py ") for line in lines)
+    assert sum("--scope 100,50,30,25" in line for line in lines) == 12  # three methods, four rates
+
+
+def test_what_fails_is_told_and_all_else_is_made(made, monkeypatch, capsys):
+    monkeypatch.setattr(study, "RANDOM", study.RANDOM | dict(tau="fails"))
+    with pytest.raises(ValueError, match="8 runs failed"):
+        make(only="^where$")
+    assert capsys.readouterr().err.count("--tau fails: RuntimeError see its log") == 8
+    assert any(flags["method"] == "magnitude" and "scope" in flags for flags in made)
+
+
+def test_a_commands_defaults_are_left_out_so_that_no_run_has_two():
+    gum = dict(method="gum", seed=0, lambda_gum=10.0, scope="global", prune_until=0.7, distill=None)
+    assert study.command(gum) == "python train.py --method gum"
+    assert study.command(gum | dict(data_path="x")) == study.command(gum)
+    taught = gum | dict(distill=True, lambda_gum=10.0)  # is not the default then
+    assert study.command(taught) == "python train.py --method gum --lambda-gum 10.0 --distill"
+    for flags in (gum, taught, dict(method="soft", scope=None, lambda_mvp=20.0)):
+        words = shlex.split(study.command(flags))[2:]
+        there, here = train.resolve(train.parse(words)), SimpleNamespace(**flags)
+        assert all(getattr(there, name) == value for name, value in vars(here).items()
+                   if value is not None)
+
+
+def test_a_row_has_what_its_command_gives_and_what_was_left_when_pruning_ended():
+    save_small("small")
+    words = f"{SMALL} --method gum --leftover 0.25 --prune-until 1.0 --steps 20"
+    flags = {name: value for name, value in vars(train.parse(words.split())).items()
+             if value is not None}
+    row = study.make_run(flags, Path("made"))
+    metrics, model = read_run("made").metrics, GPT.from_pretrained("made")
+    own = train.run(train.parse([*words.split(), "--out", "own"]))
+    assert row["loss"] == metrics["result"]["val_loss"] == own["result"]["val_loss"]
+    assert row["widths"] == ",".join(map(str, model.config.mlp_widths)) and row["left"] == 0.25
+    # v is reached in the last step, whose learning rate is 0: so all measures are the final ones'.
+    examples = data.load("stdlib", "train", 257, metrics["block_size"])
+    sensitivity, Cs, tokens = measure.activation_statistics(model, examples, first=512)
+    values = dict(sensitivity=sensitivity) | measure.redundancy(Cs, tokens)[0]
+    for name, value in values.items():
+        assert row[name] == pytest.approx(value, rel=1e-4)
+        assert row[name + "_pruned"] == pytest.approx(value, rel=1e-4)
+    assert row["loss_pruned"] == pytest.approx(row["loss"], rel=0.1)  # of some validation data
+
+
+def test_new_models_have_the_widths_and_what_is_not_new_of_the_dense_one():
+    save_small("dense0")
+    for kind in ("neurons", "scratch"):
+        path = Path(f"{kind}-5,60-seed3")
+        study.new_model(path)
+        old, new = GPT.from_pretrained("dense0"), GPT.from_pretrained(path)
+        assert new.config.mlp_widths == (5, 60)
+        kept = {name: torch.equal(value, new.state_dict()[name])
+                for name, value in old.state_dict().items() if ".mlp." not in name}
+        assert all(kept.values()) == (kind == "neurons")
+
+
+# What it says.
+
+
+def told(values, pairs=()):
+    """A study of one question with rows of these losses {row: {column: [loss of each seed]}}."""
+    known, table = {}, {}
+    for row, columns in values.items():
+        for column, losses in columns.items():
+            name = f"{row}/{column}"
+            for seed, loss in enumerate(losses):
+                flags = dict(method="gum", leftover=0.1, teacher=name, seed=seed)
+                known[study.command(flags)] = dict(loss=loss, left=0.1)
+            table.setdefault(row, {})[column] = lambda seed, name=name: dict(
+                method="gum", leftover=0.1, teacher=name, seed=seed)
+    return study.Study(known, ARGS), study.Question("?", table, pairs)
+
+
+def test_a_table_has_means_and_spreads_and_says_what_is_missing_and_what_was_left():
+    one = told({"GUM": {"10%": [1.5, 1.6, 1.7, 1.8, 1.9], "50%": [1.0]}, "Top_v": {"10%": [2, 4]}})
+    one[0].known[next(name for name in one[0].known if "Top_v" in name)]["left"] = 0.5
+    assert study.table_of(*one) == (
+        "|  | 10% | 50% |\n| --- | --- | --- |\n"
+        "| GUM | 1.7000 ± 0.1581 | 1.0000 ± 0.0000 (1) |\n"
+        "| Top_v | 3.0000 ± 1.4142 (2) at 0.300 |  |")
+
+
+def test_differences_are_of_the_same_seeds_with_students_interval():
+    pairs = (("GUM", "Top_v"), (("GUM", "a"), ("GUM", "b")))
+    losses = {"GUM": {"a": [1.0, 2.0, 3.0], "b": [1.5, 2.4, 3.6, 9.0]}, "Top_v": {"a": [1.1, 2.1]}}
+    lines = study.differences_of(*told(losses, pairs)).splitlines()[2:]
+    # -0.5, -0.4, -0.6: their mean's standard error is 0.1 / 3^(1/2), Student's t 4.303.
+    assert lines == ["| GUM − Top_v, a | -0.1000 | [-0.1000, -0.1000] | 2 |",
+                     "| GUM, a − GUM, b | -0.5000 | [-0.7484, -0.2516] | 3 |"]
+
+
+def test_predictors_are_rank_correlations_with_the_final_loss():
+    rows = [dict(loss=loss, sensitivity=1 / loss, sensitivity_pruned=loss**3, uniqueness=u,
+                 uniqueness_pruned=None, span_uniqueness=0.5 if loss > 2 else loss,
+                 span_uniqueness_pruned=loss, loss_pruned=-loss)
+            for loss, u in zip((1.0, 2.0, 3.0, 4.0), (2, 1, 4, 3))]
+    lines = study.predictors(rows).splitlines()[2:]
+    assert [line.split("|")[2:4] for line in lines] == [
+        [" +1.00 (4) ", " -1.00 (4) "], ["  ", " +0.60 (4) "],
+        [" +1.00 (4) ", " -0.74 (4) "], [" -1.00 (4) ", "  "]]
+
+
+def test_the_page_has_the_tables_that_its_rows_give(monkeypatch):
+    if not study.CSV.exists():
+        pytest.skip("no run of the study is kept")
+    for file in (study.CSV, study.CSV.with_suffix(".md")):
+        shutil.copy(file, file.name)
+    before = Path("what-matters.md").read_bytes()
+    monkeypatch.setattr(study.read_rows, "__defaults__", (Path("what-matters.csv"),))
+    monkeypatch.setattr(study, "CSV", Path("what-matters.csv"))
+    monkeypatch.setattr("sys.argv", ["what_matters", "report"])
+    study.main()
+    assert Path("what-matters.md").read_bytes() == before
