@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import measure
-from model import GPT, TINY, GPTConfig, download, whole
+from model import GPT, TINY, GPTConfig, whole
 from prune import METHODS, HeadLoss, Pruner, defaults_of, lr_factor, shrink, v_at
 from results import runs
 from results.cli import ABOVE_0, AT_LEAST_0, DEVICE, SHARE, Flag, flag_of
@@ -434,8 +434,7 @@ def run(flags, implied=False):
         def finish():
             shrink(model).save_pretrained(out)
             hub = None if tiny or os.path.isdir(args.model) else args.model
-            theirs = None if tiny else download(hub) if hub else args.model
-            write_tokenizer(out, theirs, vocab_size, n_positions)
+            write_tokenizer(out, vocab_size, n_positions)
             gpu = args.device != "cpu" and torch.cuda.get_device_name(args.device)
             metrics = dict(
                 settings=settings_of(args), command=command_of(flags), base_model=hub, data=about,

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import data
-from model import TOKENIZER, config_to_hf, read_config, whole
+from model import config_to_hf, read_config, whole
 from prune import METHODS, shrink
 from results.cli import flag_of
 from results.compare import CLOSING
@@ -60,17 +60,11 @@ def tokenizer_json(vocab_size):
                 pre_tokenizer=bytewise, post_processor=None, decoder=bytewise, model=model)
 
 
-def write_tokenizer(folder, source, vocab_size, n_positions):
-    """Write the tokenizer's files into `folder`: those of the model in the folder `source`, or, if
-    that is None or has none, what `data.tokenizer` was trained with."""
+def write_tokenizer(folder, vocab_size, n_positions):
+    """Write the files of `data.tokenizer`, by which a model was trained, into `folder`. What the
+    model that it started from has there is not copied: that may be damaged, or another's."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    found = {name for name in TOKENIZER if source and Path(source, name).is_file()}
-    if "tokenizer.json" in found or {"vocab.json", "merges.txt"} <= found:
-        for name in found:
-            with whole(folder / name) as file:
-                shutil.copyfile(Path(source, name), file)
-        return
     settings = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=END, eos_token=END,
                     pad_token=END, model_max_length=n_positions,
                     clean_up_tokenization_spaces=False)
@@ -209,7 +203,7 @@ def export(args):
     run = read_model(args.runs[0])
     model = load_model(run.path)
     try:
-        write_tokenizer(out, run.path, model.config.vocab_size, model.config.n_positions)
+        write_tokenizer(out, model.config.vocab_size, model.config.n_positions)
         if args.multiple_of:
             shrink(model, args.multiple_of).save_pretrained(out)
         else:
