@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 from test_model import FAMILIES, both_families, distance, ours, randomise, tokens
+from test_train import hook
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
 import measure
@@ -371,7 +372,26 @@ def test_an_export_refuses_what_it_can_not_do(runs, capsys):
             export(*words)
         assert stopped.value.code == 2 and says in capsys.readouterr().err
     assert sorted(os.listdir()) == ["file", "full"] and os.listdir("full") == ["file"]
+    os.mkdir("empty")
     randomise(ours()).save_pretrained("odd")  # has a vocabulary that no tokenizer here has
-    with pytest.raises(SystemExit):
-        export("odd", "--out", "new")
-    assert "vocabulary is 257" in capsys.readouterr().err
+    for out in ("new", "further/down", "empty"):
+        with pytest.raises(SystemExit):
+            export("odd", "--out", out)
+        assert "vocabulary is 257" in capsys.readouterr().err
+    assert sorted(os.listdir()) == ["empty", "file", "full", "odd"] and not os.listdir("empty")
+
+
+def test_of_two_exports_into_one_folder_at_once_one_is_told_and_the_other_stays(
+        runs, capsys, monkeypatch):
+    os.mkdir("new")  # an empty folder will do
+    export(runs / "gum", "--out", "one")
+    hook(monkeypatch, GPT, "save_pretrained", 1,
+         lambda *_: export(runs / "gum", "--out", "new"))  # is faster
+    with pytest.raises(SystemExit) as stopped:
+        export(runs / "dense", "--out", "new")
+    assert stopped.value.code == 2 and "can't be put at new" in capsys.readouterr().err
+    assert sorted(os.listdir()) == ["new", "one"]
+    assert sorted(os.listdir("new")) == sorted(os.listdir("one"))
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        assert Path("new", name).read_bytes() == Path("one", name).read_bytes()
+    assert 'from_pretrained("new")' in Path("new/README.md").read_text(encoding="utf-8")
