@@ -63,8 +63,9 @@ def parse(parser, groups, words):
             how = dict(type=kind) if callable(kind) else dict(choices=kind)
             if kind is None:
                 how = dict(action="store_true", default=None)
-            if name == "runs":
-                parser.add_argument(name, metavar="RUN", nargs="+", help=about)
+            if name in ("run", "runs"):
+                number = "+" if name == "runs" else None
+                parser.add_argument(name, metavar="RUN", nargs=number, help=about)
             else:
                 group.add_argument(flag_of(name), help=about, **how)
     args = parser.parse_args(words)

@@ -198,11 +198,9 @@ def export(args):
     loaders without remote code, or to a multiple, for devices that are faster so; with its
     tokenizer and card. The folder appears whole or not at all."""
     out = Path(args.out)
-    if len(args.runs) > 1:
-        raise ValueError(f"export takes one RUN, not {len(args.runs)}: each needs its own --out")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty: name another folder with --out")
-    run = read_model(args.runs[0])
+    run = read_model(args.run)
     model = load_model(run.path)
     above = next(one for one in out.absolute().parents if one.exists())
     with TemporaryDirectory(prefix=f"{out.name}.", dir=above) as beside:

@@ -288,6 +288,15 @@ def test_measures_and_figures_need_room_as_well(file, command, capsys, room):
     main(*command.split())
 
 
+def test_what_was_measured_is_printed_though_it_can_not_be_written(capsys, room):
+    room(300)
+    refused_with = pytest.raises(SystemExit, main, *"small --dataset stdlib --examples 2".split(),
+                                 "--device", "cpu")
+    out, err = capsys.readouterr()
+    assert refused_with.value.code == 2 and "can't write small/measure.json" in err
+    assert re.search(r"^perplexity +\d", out, re.MULTILINE)
+
+
 # Processes: mistakes before torch is imported, Ctrl-C meanwhile, and nobody who reads.
 
 

@@ -366,7 +366,7 @@ def test_an_export_refuses_what_it_can_not_do(runs, capsys):
     Path("file").write_text("mine")
     for words, says in (([runs / "gum", "--out", "full"], "full exists and is not empty"),
                         ([runs / "gum", "--out", "file"], "file exists and is not empty"),
-                        ([runs / "gum", runs / "dense"], "one RUN"),
+                        ([runs / "gum", "another"], "arguments: another"),
                         (["nowhere", "--out", "new"], "nowhere is not a folder")):
         with pytest.raises(SystemExit) as stopped:
             export(*words)
