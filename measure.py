@@ -222,7 +222,7 @@ def evaluate(args):
             for name, lines in (("outputs.txt", "\n".join(texts[0])),
                                 ("references.txt", "\n\n".join(groups))):
                 with whole(run.path / name) as file:
-                    file.write_text(lines + "\n")
+                    file.write_text(lines + "\n", encoding="utf-8")
 
 
 # The flags.

@@ -43,7 +43,7 @@ from results.compare import compare, draw_training, report, tracker
 from results.export import command_of, write_card, write_tokenizer
 
 # Launched by torchrun, several train in step, each on its share of a batch; 0 alone writes.
-PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+PROCESS, PROCESSES = cli.processes()
 
 
 def make_optimizer(model, pruner, args):

@@ -270,6 +270,7 @@ def draw(path, panels, styles, formats=("png", "pdf"), dpi=200):
     import matplotlib
     from matplotlib.figure import Figure  # without pyplot, which would look for a screen
 
+    matplotlib.rcdefaults()  # whatever the user's file says
     matplotlib.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3,
                                 "axes.titlesize": 10})
     columns = 2 if len(panels) in (2, 4) else min(3, len(panels))

@@ -344,6 +344,31 @@ def test_ctrl_c_while_torch_is_imported_ends_it_without_a_word(command):
 TRAIN = f"train.py {SMALL} --dataset toysql --block-size 128 --steps 2 --out run"
 
 
+NONSENSE = dict(MPLBACKEND="x", TQDM_MININTERVAL="x", TQDM_NCOLS="x", TQDM_BAR_FORMAT="{x",
+                TQDM_DISABLE="", RANK="", PYTHONIOENCODING="ascii")
+
+
+def test_no_environment_variable_ends_a_run_nor_a_character_that_can_t_be_printed(monkeypatch):
+    for name, value in NONSENSE.items():
+        monkeypatch.setenv(name, value)
+    status, out, _ = process(TRAIN)
+    assert status == 0 and "?" in out and out.endswith("are in run\n")
+    assert Path("run/training.png").exists() and GPT.from_pretrained("run")
+
+
+@pytest.mark.parametrize("given,says", [
+    ("RANK=1", "torchrun"), ("RANK=x", "torchrun"), ("WORLD_SIZE=x", "torchrun"),
+    ("WORLD_SIZE=2", "torchrun"), ("WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost", "torchrun"),
+    ("HF_HUB_ETAG_TIMEOUT=x", "HF_HUB_ETAG_TIMEOUT: ")])
+def test_an_environment_variable_that_can_t_be_used_is_named_at_once(given, says, monkeypatch):
+    for word in given.split():
+        monkeypatch.setenv(*word.split("="))
+    status, out, err = process(TRAIN, "raise ImportError('torch was imported')")
+    assert status == 2 and err.count("\n") == 1 and says in err and not out
+    assert err.startswith("train.py: error: the environment variable")
+    assert given.partition("=")[0] in err
+
+
 @pytest.mark.skipif(os.name == "nt", reason="its shell has other words")
 def test_closed_streams_stop_no_run():
     command = shlex.join([sys.executable, str(ROOT / "train.py"), *TRAIN.split()[1:]])
