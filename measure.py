@@ -197,7 +197,7 @@ def evaluate(args):
         values, counts, widths, texts, about = measure(run.path.absolute(), args.device, on)
         if run.metrics and not args.dataset:
             check_data(about, {split: run.metrics["data"][split] for split in about}, run.path,
-                       f"measure them with --dataset {on.dataset}")
+                       f"to measure it on these, add --dataset {on.dataset}")
         if dense:
             base, _, full, *_ = measure(dense.path.absolute(), args.device, on)
         full = run.metrics["start"]["widths"] if run.metrics else full

@@ -88,7 +88,8 @@ def test_an_interrupted_run_whose_data_have_changed_is_refused(capsys):
     killed_run("before the first checkpoint", flags)
     before = contents("run")
     write_e2e("data", "Zizzi")
-    assert_fails(capsys, f"{SMALL} {flags} --resume", f"run was made with other data|{os.getcwd()}")
+    assert_fails(capsys, f"{SMALL} {flags} --resume",
+                 f"run was made with other data|split, {os.getcwd()}/data, has changed since|move")
     assert contents("run") == before
     write_e2e("data", "Aromi")
     run(f"{flags} --resume")
@@ -111,7 +112,8 @@ def test_a_run_is_measured_on_its_own_data_or_others_that_are_named(capsys):
     write_e2e("data", "Aromi")
     run(f"{E2E} --data-path data --out run")
     files = write_e2e("data", "Other")
-    assert re.search("run was made with other data.*/data.*--dataset e2e", refused(capsys, "run"))
+    assert re.search("run was made with other data.*/data, has changed since .*: to measure it on "
+                     "these, add --dataset e2e$", refused(capsys, "run"))
     assert not Path("run/measure.json").exists()
     main("run", "--dataset", "e2e")
     found = json.loads(Path("run/measure.json").read_text())["data"]["validation"]
@@ -164,6 +166,19 @@ def test_a_dense_model_that_another_has_replaced_is_not_compared_with():
     assert runs.dense_run(runs.read_run("out/topv"), None) is None
 
 
+@pytest.mark.parametrize("way", ["deleted", "moved"])
+def test_a_folder_that_goes_while_its_run_is_at_work_is_told_and_a_moved_one_goes_on(way, capsys):
+    run("--method topv --out whole")
+    go = {"deleted": lambda *_: shutil.rmtree("run"), "moved": lambda *_: os.rename("run", "new")}
+    with pytest.MonkeyPatch.context() as patch:
+        hook(patch, *STEP, 7, go[way])
+        assert_fails(capsys, f"{SMALL} {FLAGS}", "run is gone: if it was moved|--out NEW --resume")
+    assert not Path("run").exists()
+    if way == "moved":
+        assert program(capsys, f"{SMALL} {FLAGS} --out new --resume")[0] == 0
+        assert_same_run("whole", "new")
+
+
 # Damaged files.
 
 
@@ -191,6 +206,18 @@ def test_a_damaged_or_another_runs_checkpoint_is_named_and_kept(damage, capsys):
     before = contents("run")
     assert_fails(capsys, f"{SMALL} {FLAGS} --resume", "go on from run/checkpoint.pt|remove run")
     assert contents("run") == before
+
+
+@pytest.mark.parametrize("how", ["", "--resume"])
+def test_a_checkpoint_without_settings_is_told_and_kept(how, capsys):
+    killed_run("in the middle of a step", FLAGS)
+    settings = Path("run/settings.json").read_bytes()
+    Path("run/settings.json").unlink()
+    before = contents("run")
+    assert_fails(capsys, f"{SMALL} {FLAGS} {how}", "run lacks its settings.json|checkpoint.pt|back")
+    assert "run lacks its settings.json" in refused(capsys, "run") and contents("run") == before
+    Path("run/settings.json").write_bytes(settings)
+    run(f"{FLAGS} --resume")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
