@@ -39,7 +39,7 @@ from model import GPT, TINY, GPTConfig, whole
 from prune import METHODS, HeadLoss, Pruner, defaults_of, lr_factor, shrink, v_at
 from results import runs
 from results.cli import ABOVE_0, AT_LEAST_0, DEVICE, SHARE, Flag, flag_of
-from results.compare import compare, draw_training, report, tracker
+from results.compare import compare, draw_training, known_loss, report, tracker
 from results.export import command_of, write_card, write_tokenizer
 
 # Launched by torchrun, several train in step, each on its share of a batch; 0 alone writes.
@@ -444,7 +444,8 @@ def run(flags, implied=False):
                 versions=dict(python=platform.python_version(), torch=torch.__version__),
                 machine=gpu or platform.machine())
             models = load_model(source, args).eval(), load_model(out, args).eval()
-            metrics |= compare(*models, val_data, args, autocast_of(args))
+            metrics |= compare(*models, val_data, args, autocast_of(args),
+                               known_loss(source, metrics))
             draw_training(out, metrics)
             write_card(out, metrics)
             runs.write_json(out / "metrics.json", metrics)

@@ -69,7 +69,7 @@ def load_model(folder):
 
 def read_run(folder):
     """What a run's folder holds: `path`, `state` ("finished", "interrupted" or "new"), `settings`,
-    `metrics` and `measures`, {} where it has none. Raises ValueError if a file is damaged or lacking."""
+    `metrics` and `measures`, {} where it has none. Raises ValueError if one is damaged or lacking."""
     path = Path(folder)
     if not path.is_dir():
         raise FileNotFoundError(f"no such run: {folder} is not a folder")
