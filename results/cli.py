@@ -146,7 +146,8 @@ def told(error):
     if isinstance(error, OSError) and error.filename:  # from the system
         error = f"can't use {error.filename}: {error.strerror}"
     text = " ".join(str(error).split())
-    number = re.search(r"(?:int\(\)|to float).*: ('.*')$", text)  # flags' are told by argparse
+    number = re.fullmatch(r"(?:invalid literal for int|could not convert string).*: ('.+')", text)
+    # argparse tells flags; a library that could not make a number of a text found it elsewhere.
     names = [name for name, value in os.environ.items() if number and repr(value) == number[1]]
     return f"the environment variable {' or '.join(names)}: " * bool(names) + text
 

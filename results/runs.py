@@ -69,7 +69,8 @@ def load_model(folder):
 
 def read_run(folder):
     """What a run's folder holds: `path`, `state` ("finished", "interrupted" or "new"), `settings`,
-    `metrics` and `measures`, {} where it has none. Raises ValueError if one is damaged or lacking."""
+    `metrics` and `measures`, {} where it has none. Raises ValueError if a file is damaged, or the
+    settings of a checkpoint are missing."""
     path = Path(folder)
     if not path.is_dir():
         raise FileNotFoundError(f"no such run: {folder} is not a folder")
@@ -166,5 +167,5 @@ def locked(folder, wait):
     except OSError as error:
         if folder.is_dir():
             raise
-        raise FileNotFoundError(f"{folder} is gone: if it was moved while the run was at work, go "
-                                "on with --out NEW --resume") from error
+        raise FileNotFoundError(f"{folder} is gone: if it was moved, go on with --out NEW "
+                                "--resume, or move it back first") from error
