@@ -422,8 +422,10 @@ def read(dataset, split, path, config):
     else:
         with readable(split, source), TemporaryDirectory() as kept:
             # A folder that declares no configuration has one, which the library calls "default".
-            if datasets.get_dataset_config_names(str(folder)) != ["default"]:
-                config = config or usual
+            names = datasets.get_dataset_config_names(str(folder))
+            config = config or (None if names == ["default"] else usual)
+            if config and config not in names:
+                raise ValueError(f"--data-config {config} is none of {', '.join(names)}")
             builder = datasets.load_dataset_builder(str(folder), config, cache_dir=kept)
             files = builder.config.data_files.get(split)
             if not files:

@@ -184,8 +184,8 @@ def ratio(value, base):
 
 
 def evaluate(args):
-    """Measure runs: write measure.json, and texts in the e2e-metrics format, into their folders;
-    print the values."""
+    """Measure runs: print the values; write them as measure.json, and texts in the e2e-metrics
+    format, into their folders."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     row = "{:40}{:>10}{:>10}{:>10}".format
     for run in map(read_model, args.runs):
@@ -197,13 +197,22 @@ def evaluate(args):
         values, counts, widths, texts, about = measure(run.path.absolute(), args.device, on)
         if run.metrics and not args.dataset:
             check_data(about, {split: run.metrics["data"][split] for split in about}, run.path,
-                       f"measure them with --dataset {on.dataset}")
+                       f"to measure it on these, add --dataset {on.dataset}")
         if dense:
             base, _, full, *_ = measure(dense.path.absolute(), args.device, on)
         full = run.metrics["start"]["widths"] if run.metrics else full
         ratios = {name: ratio(value, base.get(name)) for name, value in values.items()}
         values = values | dict(leftover=ratio(sum(widths), sum(full)))
         shares = [k / max(m, 1) for k, m in zip(widths, full)]
+        print("\n" + row(str(run.path), "this", "dense", "ratio"))
+        for name in values:
+            numbers = [of.get(name) for of in (values, base, ratios)]
+            print(row(MEASURES[name], *("-" if x is None else f"{x:.4g}" for x in numbers)))
+        print("leftover per layer:", *(f"{share:.1%}" for share in shares))
+        if not dense:
+            print("no dense run like it was found beside it: name one with --dense")
+        if values["span_uniqueness"] is None and sum(widths):
+            print("span uniqueness takes two tokens to each neuron of a layer: raise --examples")
         write_json(run.path / "measure.json", dict(
             model=run.metrics.get("model"), on=on._asdict(), data=about,
             dense=dense and dense.path.name, values=values, ratios=ratios, widths=widths,
@@ -213,14 +222,7 @@ def evaluate(args):
             for name, lines in (("outputs.txt", "\n".join(texts[0])),
                                 ("references.txt", "\n\n".join(groups))):
                 with whole(run.path / name) as file:
-                    file.write_text(lines + "\n")
-        print("\n" + row(str(run.path), "this", "dense", "ratio"))
-        for name in values:
-            numbers = [of.get(name) for of in (values, base, ratios)]
-            print(row(MEASURES[name], *("-" if x is None else f"{x:.4g}" for x in numbers)))
-        print("leftover per layer:", *(f"{share:.1%}" for share in shares))
-        if values["span_uniqueness"] is None and sum(widths):
-            print("span uniqueness takes two tokens to each neuron of a layer: raise --examples")
+                    file.write_text(lines + "\n", encoding="utf-8")
 
 
 # The flags.
@@ -247,7 +249,8 @@ FLAGS = dict(
         format=Flag(("markdown", "csv", "latex"), "of the table", "markdown")),
     figures=dict(runs=RUNS, out=Flag(str, "the folder to draw into", "figures")),
     export=dict(
-        runs=RUNS, out=Flag(str, "the new folder to write", "exported"),
+        run=Flag(str, "the folder of a finished run"),
+        out=Flag(str, "the new folder to write", "exported"),
         multiple_of=Flag(int, "what to fill widths up to a multiple of, instead of to the widest",
                          within=ABOVE_0)),
     sample=dict(

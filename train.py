@@ -35,15 +35,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import measure
-from model import GPT, TINY, GPTConfig, download, whole
+from model import GPT, TINY, GPTConfig, whole
 from prune import METHODS, HeadLoss, Pruner, defaults_of, lr_factor, shrink, v_at
 from results import runs
 from results.cli import ABOVE_0, AT_LEAST_0, DEVICE, SHARE, Flag, flag_of
-from results.compare import compare, draw_training, report, tracker
+from results.compare import compare, draw_training, known_loss, report, tracker
 from results.export import command_of, write_card, write_tokenizer
 
 # Launched by torchrun, several train in step, each on its share of a batch; 0 alone writes.
-PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+PROCESS, PROCESSES = cli.processes()
 
 
 def make_optimizer(model, pruner, args):
@@ -434,8 +434,7 @@ def run(flags, implied=False):
         def finish():
             shrink(model).save_pretrained(out)
             hub = None if tiny or os.path.isdir(args.model) else args.model
-            theirs = None if tiny else download(hub) if hub else args.model
-            write_tokenizer(out, theirs, vocab_size, n_positions)
+            write_tokenizer(out, vocab_size, n_positions)
             gpu = args.device != "cpu" and torch.cuda.get_device_name(args.device)
             metrics = dict(
                 settings=settings_of(args), command=command_of(flags), base_model=hub, data=about,
@@ -445,7 +444,8 @@ def run(flags, implied=False):
                 versions=dict(python=platform.python_version(), torch=torch.__version__),
                 machine=gpu or platform.machine())
             models = load_model(source, args).eval(), load_model(out, args).eval()
-            metrics |= compare(*models, val_data, args, autocast_of(args))
+            metrics |= compare(*models, val_data, args, autocast_of(args),
+                               known_loss(source, metrics))
             draw_training(out, metrics)
             write_card(out, metrics)
             runs.write_json(out / "metrics.json", metrics)

@@ -23,16 +23,43 @@ def look(file, function):
     """Run the program in `file` with a stand-in for torch up to its `function` that reads the
     flags: no more is needed to find mistakes in them, which end the program, or to show --help.
     Ctrl-C until torch is imported ends it without a traceback. What is printed where a stream is
-    closed goes nowhere."""
+    closed goes nowhere, and for what it has no characters it gets others. No environment variable
+    ends the program later: it is told now, or ignored."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed
             setattr(sys, name, open(os.devnull, "w"))
+    sys.stdout.reconfigure(errors="replace")
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.environ["MPLBACKEND"] = "agg"  # figures are files
+    for name in [*os.environ]:  # `data.bar` says how bars look
+        if name.startswith("TQDM_") and name != "TQDM_DISABLE":
+            del os.environ[name]
+    try:
+        import huggingface_hub.constants  # noqa: F401, reads numbers
+    except ValueError as error:
+        mistake(file, error)
     sys.modules |= dict.fromkeys(LATER, MagicMock())
     with suppress(Exception):
         runpy.run_path(file)[function]()
     for name in LATER + OURS:
         sys.modules.pop(name, None)
+
+
+def mistake(file, message):
+    """End the program in `file` for a mistake of its user's."""
+    print(f"{Path(file).name}: error: {told(message)}", file=sys.stderr)
+    sys.exit(2)
+
+
+def processes():
+    """Which process of train.py this is, and of how many: what torchrun has set, or 0 of 1."""
+    rank, size = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
+    if not ((rank + size).isdecimal() and int(rank) < int(size)
+            and (int(size) == 1 or all(map(os.environ.get, names)))):
+        mistake("train.py", f"the environment variables {', '.join(names)} do not fit together: "
+                "torchrun sets them all; to run without it, unset them")
+    return int(rank), int(size)
 
 
 ABOVE_0, AT_LEAST_0, SHARE = "above 0, at most 1e12", "from 0 to 1e12", "in (0, 1]"
@@ -63,8 +90,9 @@ def parse(parser, groups, words):
             how = dict(type=kind) if callable(kind) else dict(choices=kind)
             if kind is None:
                 how = dict(action="store_true", default=None)
-            if name == "runs":
-                parser.add_argument(name, metavar="RUN", nargs="+", help=about)
+            if name in ("run", "runs"):
+                number = "+" if name == "runs" else None
+                parser.add_argument(name, metavar="RUN", nargs=number, help=about)
             else:
                 group.add_argument(flag_of(name), help=about, **how)
     args = parser.parse_args(words)
@@ -117,7 +145,11 @@ def told(error):
     """What an exception or message says, in one line."""
     if isinstance(error, OSError) and error.filename:  # from the system
         error = f"can't use {error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    number = re.fullmatch(r"(?:invalid literal for int|could not convert string).*: ('.+')", text)
+    # argparse tells flags; a library that could not make a number of a text found it elsewhere.
+    names = [name for name, value in os.environ.items() if number and repr(value) == number[1]]
+    return f"the environment variable {' or '.join(names)}: " * bool(names) + text
 
 
 @contextmanager

@@ -22,7 +22,7 @@ import data
 from measure import MEASURES, mean_loss
 from model import whole
 from prune import METHODS
-from results.runs import dense_run, load_model, log_state, read_model
+from results.runs import dense_run, load_model, log_state, read_json, read_model
 
 DRAWN = {  # method: colour (Okabe and Ito's, which the colour-blind can tell apart) and marker
     "none": ("#000000", "s"), "magnitude": ("#E69F00", "^"), "random": ("#56B4E9", "v"),
@@ -145,8 +145,21 @@ def sampled(model, ids, tokens):
     return tokenizer.decode(ids + new)
 
 
-def compare(start, result, val_data, args, autocast):
-    """Both models' loss on all validation data (nats per token), size, speed, and a sample."""
+def known_loss(source, metrics):
+    """The validation loss of the model in `source`, if that is a finished run which was evaluated
+    just as the run is whose `metrics` these will be; or None."""
+    known = read_json(Path(source, "metrics.json"), "settings") if source != "tiny" else {}
+
+    def how(of):
+        return [of["data"]["validation"]["sha256"], *map(of["settings"].get, ("dataset", "dtype")),
+                *map(of.get, ("block_size", "machine", "versions"))]
+
+    return known["result"]["val_loss"] if known and how(known) == how(metrics) else None
+
+
+def compare(start, result, val_data, args, autocast, start_loss=None):
+    """Both models' loss on all validation data (nats per token), size, speed, and a sample.
+    `start_loss`: of the first, if known: with a large vocabulary it takes minutes."""
     if args.dataset == "stdlib":
         ids = data.tokenizer(result.config.vocab_size).encode("def ")[: val_data.block_size]
     elif isinstance(val_data, data.Blocks):
@@ -156,8 +169,10 @@ def compare(start, result, val_data, args, autocast):
     batch = val_data.batch(range(min(args.batch_size // args.accumulate, len(val_data))))
     speeds = prefill_speed([start, result], batch[0])
     about = {}
-    for name, model, speed in zip(("start", "result"), (start, result), speeds):
-        loss = mean_loss(model, val_data, autocast)
+    for name, model, speed, loss in zip(("start", "result"), (start, result), speeds,
+                                        (start_loss, None)):
+        if loss is None:
+            loss = mean_loss(model, val_data, autocast)
         about[name] = dict(val_loss=loss, val_perplexity=math.exp(min(loss, 700)),
                            widths=list(model.config.mlp_widths),
                            parameters=sum(p.numel() for p in model.parameters()),
@@ -310,6 +325,7 @@ def draw(path, panels, styles, formats=("png", "pdf"), dpi=200, bands=False):
     import matplotlib
     from matplotlib.figure import Figure  # without pyplot, which would look for a screen
 
+    matplotlib.rcdefaults()  # whatever the user's file says
     matplotlib.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3,
                                 "axes.titlesize": 10})
     columns = 2 if len(panels) in (2, 4) else min(3, len(panels))

@@ -2,13 +2,14 @@
 its card; and `python measure.py export`, for loaders that run no code of ours."""
 
 import json
+import os
 import re
 import shlex
-import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import data
-from model import TOKENIZER, config_to_hf, read_config, whole
+from model import config_to_hf, read_config, whole
 from prune import METHODS, shrink
 from results.cli import flag_of
 from results.compare import CLOSING
@@ -60,17 +61,11 @@ def tokenizer_json(vocab_size):
                 pre_tokenizer=bytewise, post_processor=None, decoder=bytewise, model=model)
 
 
-def write_tokenizer(folder, source, vocab_size, n_positions):
-    """Write the tokenizer's files into `folder`: those of the model in the folder `source`, or, if
-    that is None or has none, what `data.tokenizer` was trained with."""
+def write_tokenizer(folder, vocab_size, n_positions):
+    """Write the files of `data.tokenizer`, by which a model was trained, into `folder`. What the
+    model that it started from has there is not copied: that may be damaged, or another's."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    found = {name for name in TOKENIZER if source and Path(source, name).is_file()}
-    if "tokenizer.json" in found or {"vocab.json", "merges.txt"} <= found:
-        for name in found:
-            with whole(folder / name) as file:
-                shutil.copyfile(Path(source, name), file)
-        return
     settings = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=END, eos_token=END,
                     pad_token=END, model_max_length=n_positions,
                     clean_up_tokenization_spaces=False)
@@ -135,13 +130,14 @@ To the Hub: `hf upload {hub_name} {folder}`
 """
 
 
-def write_card(folder, metrics):
+def write_card(folder, metrics, place=None):
     """Write the model card README.md of the run whose metrics.json holds `metrics`, with what the
-    Hub reads of it: the numbers as in the table at a run's end."""
+    Hub reads of it: the numbers as in the table at a run's end. `place`: where `folder` is going
+    to be, if not where it is."""
     from huggingface_hub import EvalResult, ModelCardData  # comes with `datasets`
 
-    folder, settings, start, result = Path(folder), *map(metrics.get,
-                                                         ("settings", "start", "result"))
+    folder, place = Path(folder), Path(place or folder)
+    settings, start, result = map(metrics.get, ("settings", "start", "result"))
     config, method, dataset = read_config(folder), settings["method"], settings["dataset"]
     hub, base = data.DATASETS[dataset].get("hub"), metrics.get("base_model")
     pruned = method != "none"
@@ -150,7 +146,7 @@ def write_card(folder, metrics):
     about = ModelCardData(
         library_name="transformers", pipeline_tag="text-generation", base_model=base,
         tags=["pruning", "structured-pruning", method] * pruned + [config.model_type],
-        datasets=[hub] if hub else None, model_name=folder.absolute().name, eval_results=[
+        datasets=[hub] if hub else None, model_name=place.absolute().name, eval_results=[
             EvalResult(metric_type=kind, metric_value=result[key], **of_data)
             for kind, key in (("loss", "val_loss"), ("perplexity", "val_perplexity"))])
 
@@ -180,7 +176,7 @@ def write_card(folder, metrics):
     if metrics.get("command"):
         made += f" The command:\n\n```sh\n{metrics['command']}\n```"
     card = CARD.format(
-        about=about.to_yaml(), name=folder.absolute().name, what=what, made=made,
+        about=about.to_yaml(), name=place.absolute().name, what=what, made=made,
         before="dense" if pruned else "start", after=method if pruned else "end",
         numbers="\n".join(f"| {title} | {a:{form}} | {b:{form}} | {b / a:.2f}x |"
                           for title, a, b, form in rows),
@@ -190,8 +186,8 @@ def write_card(folder, metrics):
         data="; ".join(f"{split}, {of['source']}, {of['tokens']:,} tokens, sha256 "
                        f"`{of['sha256']}`" for split, of in metrics["data"].items()),
         left_out=f" ({left_out:,} examples, longer than a block, are left out)" * (left_out > 0),
-        hub_name=re.sub(r"[^\w.-]+", "-", folder.absolute().name),
-        path=json.dumps(folder.as_posix()), folder=shlex.quote(folder.as_posix()),
+        hub_name=re.sub(r"[^\w.-]+", "-", place.absolute().name),
+        path=json.dumps(place.as_posix()), folder=shlex.quote(place.as_posix()),
         trust=", trust_remote_code=True" * ("auto_map" in config_to_hf(config)))
     with whole(folder / "README.md") as file:
         file.write_text(card, encoding="utf-8")
@@ -200,23 +196,28 @@ def write_card(folder, metrics):
 def export(args):
     """Write the model of one RUN with every layer padded with zero neurons to the widest, for
     loaders without remote code, or to a multiple, for devices that are faster so; with its
-    tokenizer and card."""
+    tokenizer and card. The folder appears whole or not at all."""
     out = Path(args.out)
-    if len(args.runs) > 1:
-        raise ValueError(f"export takes one RUN, not {len(args.runs)}: each needs its own --out")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty: name another folder with --out")
-    run = read_model(args.runs[0])
+    run = read_model(args.run)
     model = load_model(run.path)
-    try:
-        write_tokenizer(out, run.path, model.config.vocab_size, model.config.n_positions)
+    above = next(one for one in out.absolute().parents if one.exists())
+    with TemporaryDirectory(prefix=f"{out.name}.", dir=above) as beside:
+        made = Path(beside, "model")
+        write_tokenizer(made, model.config.vocab_size, model.config.n_positions)
         if args.multiple_of:
-            shrink(model, args.multiple_of).save_pretrained(out)
+            shrink(model, args.multiple_of).save_pretrained(made)
         else:
-            model.save_pretrained(out, pad=True)
+            model.save_pretrained(made, pad=True)
         if run.metrics:
-            write_card(out, run.metrics)
-    except BaseException:  # nothing half is left
-        shutil.rmtree(out, ignore_errors=True)
-        raise
+            write_card(made, run.metrics, out)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            if os.name == "nt" and out.exists():  # an empty folder, which Windows does not replace
+                out.rmdir()
+            made.rename(out)
+        except OSError as error:  # as where another export was faster
+            raise ValueError(f"the model can't be put at {out} ({error.strerror}): name another "
+                             "folder with --out") from error
     print(f"the padded model is in {out}")

@@ -69,7 +69,8 @@ def load_model(folder):
 
 def read_run(folder):
     """What a run's folder holds: `path`, `state` ("finished", "interrupted" or "new"), `settings`,
-    `metrics` and `measures`, {} where it has none. Raises ValueError if a file is damaged."""
+    `metrics` and `measures`, {} where it has none. Raises ValueError if a file is damaged, or the
+    settings of a checkpoint are missing."""
     path = Path(folder)
     if not path.is_dir():
         raise FileNotFoundError(f"no such run: {folder} is not a folder")
@@ -78,6 +79,9 @@ def read_run(folder):
         read_json(path / f"{name}.json", key) for name, key in
         (("settings", "method"), ("metrics", "settings"), ("measure", "values")))
     state = "finished" if metrics else "interrupted" if settings else "new"
+    if state == "new" and (path / "checkpoint.pt").exists():
+        raise ValueError(f"{path} lacks its settings.json, without which its checkpoint.pt can't "
+                         "go on: put that back, or move the folder away")
     return SimpleNamespace(path=path, state=state, settings=metrics.get("settings", settings),
                            metrics=metrics, measures=measures)
 
@@ -98,11 +102,13 @@ def hashes(about):
 def check_data(about, known, folder, way_out):
     """ValueError if the data of the run in `folder`, as `known` there, are others than `about`."""
     for split, of in about.items():
+        there, here = ((one["source"], one["sha256"][:8]) for one in (known[split], of))
         if known[split]["sha256"] != of["sha256"]:
-            there, here = (f"{one['source']}, sha256 {one['sha256'][:8]}" for one in
-                           (known[split], of))
-            raise ValueError(f"{folder} was made with other data: its {split} split is from {there}"
-                             f", not from {here}: {way_out}")
+            told = (f", {here[0]}, has changed since (sha256 {there[1]} there, {here[1]} now)"
+                    if there[0] == here[0] else
+                    f" is from {there[0]}, sha256 {there[1]}, not from {here[0]}, sha256 {here[1]}")
+            raise ValueError(f"{folder} was made with other data: its {split} split{told}: "
+                             f"{way_out}")
 
 
 def find_dense(folders, settings, about=None, started=None):
@@ -150,10 +156,16 @@ def check_settings(run, settings, way_out):
 
 @contextmanager
 def locked(folder, wait):
-    """Keep other processes from making the same run; the lock ends with this one."""
+    """Keep other processes from making the same run; the lock ends with this one. OSError that says
+    so where the folder is gone meanwhile."""
     try:
         with FileLock(folder / ".lock", timeout=-1 if wait else 0):
             yield
     except Timeout as error:
         taken = f"another process is at work in {folder}: wait, or name another --out"
         raise ValueError(taken) from error
+    except OSError as error:
+        if folder.is_dir():
+            raise
+        raise FileNotFoundError(f"{folder} is gone: if it was moved, go on with --out NEW "
+                                "--resume, or move it back first") from error

@@ -582,8 +582,10 @@ MEANINGS = jsonl(*(dict(meaning_representation=n * "a", human_reference="de") fo
     case("HERE + validation split + holds no rows", "samsum", {
         "validation.csv": b"dialogue,summary\n"}),
     case("HERE + validation split + holds no rows", "wikisql", {"dev.jsonl": b""} | ONE_TABLE),
-    case("wikitext-103-v1 + small", "wikitext", {"README.md": README, "it.txt": b"text"}),
-    case("cleaned + default", "e2e", {"validation.jsonl": MEANINGS}, config="cleaned"),
+    case("--data-config wikitext-103-v1 is none of small", "wikitext",
+         {"README.md": README, "it.txt": b"text"}),
+    case("--data-config cleaned is none of default", "e2e", {"validation.jsonl": MEANINGS},
+         config="cleaned"),
     case("dialogue + summary + a.b", "samsum", {"validation.jsonl": b'{"a": {"b": 1}}'}),
     case("dev.jsonl", "wikisql", ONE_TABLE),
     *(case("dev.jsonl", "wikisql", ONE_TABLE | {"dev.jsonl": row}) for row in

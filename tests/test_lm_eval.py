@@ -30,7 +30,7 @@ metadata: {{version: 1}}
 def test_its_perplexity_of_a_ragged_model_is_ours(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_small("run", mlp_widths=(40, 9))
-    write_tokenizer(Path("run"), None, 257, 128)
+    write_tokenizer(Path("run"), 257, 128)
     model = GPT.from_pretrained("run")
     text = (Path(data.__file__).read_text() * 2)[: 10 * model.config.n_positions]
     assert text.isascii()

@@ -302,15 +302,17 @@ def test_runs_of_every_method_are_measured_tabled_and_drawn(kind, capsys):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_folder_with_only_a_model_is_measured(kind):
+def test_a_folder_with_only_a_model_is_measured(kind, capsys):
     for name, widths in ("shrunk", (5, 0)), ("full", (8, 4)), ("none", (0, 0)):
         save(name, kind, widths)
     found = evaluate("shrunk", "--dataset", "toysql", "--dense", "full")
     assert found["leftover_per_layer"] == [5 / 8, 0] and found["values"]["leftover"] == 5 / 12
+    assert "--dense" not in capsys.readouterr().out
     assert 0 <= found["values"]["exact_match"] <= 1 and found["ratios"]["sensitivity"] > 0
     assert sum(found["counts"][0]) == 5 and found["counts"][1] == [0] * 10
     found = evaluate("shrunk", "--dataset", "stdlib", "--block-size", 32)
     assert found["leftover_per_layer"] is None and found["dense"] is None
+    assert "name one with --dense" in capsys.readouterr().out
     found = evaluate("none", "--dataset", "stdlib", "--dense", "none")  # no number is null
     assert found["values"]["uniqueness"] is None and found["ratios"]["sensitivity"] is None
     assert found["values"]["sensitivity"] == 0 and found["ratios"]["perplexity"] == 1
@@ -584,11 +586,12 @@ def test_a_mistake_gets_one_line_and_status_2(words, says, capsys):
 @pytest.mark.parametrize("words,usage,says", [
     ("--help", "evaluate", "measure.py [evaluate] out/RUN"), ("figures --help", "figures", "--out"),
     ("evaluate --help", "evaluate", "--split"), ("table --help", "table", "--metric"),
-    ("sample --help", "sample", "--prompt")])
+    ("sample --help", "sample", "--prompt"), ("export --help", "export", "--multiple-of")])
 def test_help_is_no_mistake(words, usage, says, capsys):
     assert pytest.raises(SystemExit, main, *words.split()).value.code == 0
     out = capsys.readouterr().out
     assert out.startswith(f"usage: measure.py {usage} [-h]") and says in out
+    assert (" RUN [RUN ...]\n" in out) == (usage != "export")
 
 
 LOOK = """import sys

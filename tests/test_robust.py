@@ -88,7 +88,8 @@ def test_an_interrupted_run_whose_data_have_changed_is_refused(capsys):
     killed_run("before the first checkpoint", flags)
     before = contents("run")
     write_e2e("data", "Zizzi")
-    assert_fails(capsys, f"{SMALL} {flags} --resume", f"run was made with other data|{os.getcwd()}")
+    assert_fails(capsys, f"{SMALL} {flags} --resume",
+                 f"run was made with other data|split, {os.getcwd()}/data, has changed since|move")
     assert contents("run") == before
     write_e2e("data", "Aromi")
     run(f"{flags} --resume")
@@ -111,7 +112,8 @@ def test_a_run_is_measured_on_its_own_data_or_others_that_are_named(capsys):
     write_e2e("data", "Aromi")
     run(f"{E2E} --data-path data --out run")
     files = write_e2e("data", "Other")
-    assert re.search("run was made with other data.*/data.*--dataset e2e", refused(capsys, "run"))
+    assert re.search("run was made with other data.*/data, has changed since .*: to measure it on "
+                     "these, add --dataset e2e$", refused(capsys, "run"))
     assert not Path("run/measure.json").exists()
     main("run", "--dataset", "e2e")
     found = json.loads(Path("run/measure.json").read_text())["data"]["validation"]
@@ -164,6 +166,19 @@ def test_a_dense_model_that_another_has_replaced_is_not_compared_with():
     assert runs.dense_run(runs.read_run("out/topv"), None) is None
 
 
+@pytest.mark.parametrize("way", ["deleted", "moved"])
+def test_a_folder_that_goes_while_its_run_is_at_work_is_told_and_a_moved_one_goes_on(way, capsys):
+    run("--method topv --out whole")
+    go = {"deleted": lambda *_: shutil.rmtree("run"), "moved": lambda *_: os.rename("run", "new")}
+    with pytest.MonkeyPatch.context() as patch:
+        hook(patch, *STEP, 7, go[way])
+        assert_fails(capsys, f"{SMALL} {FLAGS}", "run is gone: if it was|--out NEW --resume|back")
+    assert not Path("run").exists()
+    if way == "moved":
+        assert program(capsys, f"{SMALL} {FLAGS} --out new --resume")[0] == 0
+        assert_same_run("whole", "new")
+
+
 # Damaged files.
 
 
@@ -191,6 +206,18 @@ def test_a_damaged_or_another_runs_checkpoint_is_named_and_kept(damage, capsys):
     before = contents("run")
     assert_fails(capsys, f"{SMALL} {FLAGS} --resume", "go on from run/checkpoint.pt|remove run")
     assert contents("run") == before
+
+
+@pytest.mark.parametrize("how", ["", "--resume"])
+def test_a_checkpoint_without_settings_is_told_and_kept(how, capsys):
+    killed_run("in the middle of a step", FLAGS)
+    settings = Path("run/settings.json").read_bytes()
+    Path("run/settings.json").unlink()
+    before = contents("run")
+    assert_fails(capsys, f"{SMALL} {FLAGS} {how}", "run lacks its settings.json|checkpoint.pt|back")
+    assert "run lacks its settings.json" in refused(capsys, "run") and contents("run") == before
+    Path("run/settings.json").write_bytes(settings)
+    run(f"{FLAGS} --resume")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
@@ -288,6 +315,16 @@ def test_measures_and_figures_need_room_as_well(file, command, capsys, room):
     main(*command.split())
 
 
+def test_what_was_measured_is_printed_though_it_can_not_be_written(capsys, room):
+    room(300)
+    stopped = pytest.raises(SystemExit, main, *"small --dataset stdlib --examples 2".split(),
+                            "--device", "cpu")
+    room()
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and "can't write small/measure.json" in err
+    assert re.search(r"^perplexity +\d", out, re.MULTILINE)
+
+
 # Processes: mistakes before torch is imported, Ctrl-C meanwhile, and nobody who reads.
 
 
@@ -333,6 +370,32 @@ def test_ctrl_c_while_torch_is_imported_ends_it_without_a_word(command):
 
 
 TRAIN = f"train.py {SMALL} --dataset toysql --block-size 128 --steps 2 --out run"
+
+
+NONSENSE = dict(MPLBACKEND="x", TQDM_MININTERVAL="x", TQDM_NCOLS="x", TQDM_BAR_FORMAT="{x",
+                TQDM_DISABLE="", RANK="", PYTHONIOENCODING="ascii")
+
+
+def test_no_environment_variable_ends_a_run_nor_a_character_that_can_t_be_printed(monkeypatch):
+    for name, value in NONSENSE.items():
+        monkeypatch.setenv(name, value)
+    Path("matplotlibrc").write_text("text.usetex: True")  # for which a program has to be there
+    status, out, _ = process(TRAIN)
+    assert status == 0 and "?" in out and out.endswith("are in run\n")
+    assert Path("run/training.png").exists() and GPT.from_pretrained("run")
+
+
+@pytest.mark.parametrize("given,says", [
+    ("RANK=1", "torchrun"), ("RANK=x", "torchrun"), ("WORLD_SIZE=x", "torchrun"),
+    ("WORLD_SIZE=2", "torchrun"), ("WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost", "torchrun"),
+    ("HF_HUB_ETAG_TIMEOUT=x", "HF_HUB_ETAG_TIMEOUT: ")])
+def test_an_environment_variable_that_can_t_be_used_is_named_at_once(given, says, monkeypatch):
+    for word in given.split():
+        monkeypatch.setenv(*word.split("="))
+    status, out, err = process(TRAIN, "raise ImportError('torch was imported')")
+    assert status == 2 and err.count("\n") == 1 and says in err and not out
+    assert err.startswith("train.py: error: the environment variable")
+    assert given.partition("=")[0] in err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="its shell has other words")

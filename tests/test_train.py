@@ -24,6 +24,7 @@ import data
 import train
 from model import GPT, GPTConfig
 from prune import METHODS
+from results import compare
 from results.bench import NEO
 from results.compare import draw_training
 
@@ -198,6 +199,18 @@ def test_a_finished_run_can_be_pruned_further():
     quarter = run("--method gum --leftover 0.5 --out quarter", model="half")["result"]
     assert quarter["parameters"] < half["parameters"] and sum(quarter["widths"]) == 32
     assert list(GPT.from_pretrained("quarter").config.mlp_widths) == quarter["widths"]
+
+
+@pytest.mark.parametrize("flags,evaluated", [
+    ("", 1), ("--block-size 64", 2), ("--dtype bfloat16", 2), ("--dataset toysql", 2)])
+def test_a_run_that_another_starts_from_is_not_evaluated_again_in_the_same_way(
+        flags, evaluated, monkeypatch):
+    before, models = run("--method none --block-size 128 --out dense")["result"], []
+    real = compare.mean_loss
+    monkeypatch.setattr(compare, "mean_loss", lambda *of: models.append(of[0]) or real(*of))
+    start = run(f"--method topv --block-size 128 {flags} --out run", model="dense")["start"]
+    assert len(models) == evaluated
+    assert (start["val_loss"] == before["val_loss"]) == (evaluated == 1)
 
 
 def test_epochs_set_the_steps():

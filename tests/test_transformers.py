@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,11 +17,12 @@ import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 from test_model import FAMILIES, both_families, distance, ours, randomise, tokens
+from test_train import hook
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
 import measure
 import train
-from model import GPT, TOKENIZER, GPTConfig
+from model import GPT, GPTConfig
 from results import cli
 from results.export import write_card, write_tokenizer
 from results.runs import read_run
@@ -184,7 +186,7 @@ def test_the_tokenizer_is_tiktokens_or_bytes(vocab_size, family):
     if family:  # the same with a config.json beside it
         GPT(GPTConfig(vocab_size, 8, 4, 1, 1, family, qkv_bias=family == "gpt2",
                       attn_scaled=family == "gpt2")).save_pretrained("run")
-    write_tokenizer("run", None, vocab_size, 77)
+    write_tokenizer("run", vocab_size, 77)
     tokenizer = AutoTokenizer.from_pretrained("run")
     texts = [TEXT, "", " ", "a", *re.split(r"(?<=\n)", TEXT)[:300]]
     gpt2 = vocab_size == 50257 and tiktoken.get_encoding("gpt2")
@@ -197,20 +199,6 @@ def test_the_tokenizer_is_tiktokens_or_bytes(vocab_size, family):
     assert tokenizer(f"a{END}")["input_ids"][-1] == end and len(tokenizer) == vocab_size
     assert tokenizer.decode([end, 66], skip_special_tokens=True) == tokenizer.decode([66])
     assert tokenizer.model_max_length == 77
-
-
-def test_a_models_own_tokenizer_is_copied():
-    for files, copied in (TOKENIZER, True), (("vocab.json", "merges.txt"), True), \
-            (("vocab.json",), False), (("tokenizer_config.json",), False):
-        source, folder = Path("-".join(files) + "-of"), Path("-".join(files) + "-to")
-        source.mkdir()
-        for name in files:
-            (source / name).write_text(f"its {name}")
-        (source / "config.json").write_text("not the tokenizer's")
-        write_tokenizer(folder, source, 257, 128)
-        made = sorted(files) if copied else ["tokenizer.json", "tokenizer_config.json"]
-        assert sorted(os.listdir(folder)) == made
-        assert all(((folder / name).read_text() == f"its {name}") == copied for name in made)
 
 
 # Runs.
@@ -308,7 +296,22 @@ def test_the_card_names_data_set_and_model_where_the_hub_has_them(runs):
         assert f"from {base or 'a dense model of the same data'}." in card.text
 
 
-def test_a_run_of_a_hubs_model_names_it_and_has_its_tokenizer(runs, monkeypatch):
+@pytest.mark.parametrize("damage", ["another's", "cut off"])
+def test_a_runs_tokenizer_is_the_one_it_was_trained_with_whatever_was_beside_its_model(
+        damage, runs):
+    shutil.copytree(runs / "dense", "start")
+    theirs = Path("start/tokenizer.json")
+    text = theirs.read_text(encoding="utf-8")
+    other = text.replace('"a": 97', '"a": 98').replace('"b": 98', '"b": 97')
+    theirs.write_text(text[:99] if damage == "cut off" else other, encoding="utf-8")
+    make("--method", "topv", "--model", "start", "--out", "run")
+    export("start", "--out", "new")
+    for folder in ("run", "new"):
+        ids = AutoTokenizer.from_pretrained(folder)("ab\xff")["input_ids"]
+        assert ids == list("ab\xff".encode())
+
+
+def test_a_run_of_a_hubs_model_names_it(runs, monkeypatch):
     """The Hub itself is out of reach: the model is in the cache."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(Path("hub").absolute()))
@@ -317,13 +320,9 @@ def test_a_run_of_a_hubs_model_names_it_and_has_its_tokenizer(runs, monkeypatch)
     (repo / "refs").mkdir(parents=True)
     (repo / "refs/main").write_text(snapshot.name)
     GPT.from_pretrained(runs / "small").save_pretrained(snapshot)
-    own = '{"its": "own"}'
-    (snapshot / "tokenizer.json").write_text(own)
     make("--method", "topv", "--model", "an/other", "--out", "run")
-    assert Path("run/tokenizer.json").read_text() == own
     assert ModelCard.load("run/README.md").data.base_model == "an/other"
-    make("--method", "topv", "--model", "run", "--out", "next")  # hands it down
-    assert Path("next/tokenizer.json").read_text() == own
+    make("--method", "topv", "--model", "run", "--out", "next")
     assert ModelCard.load("next/README.md").data.get("base_model") is None
 
 
@@ -367,13 +366,32 @@ def test_an_export_refuses_what_it_can_not_do(runs, capsys):
     Path("file").write_text("mine")
     for words, says in (([runs / "gum", "--out", "full"], "full exists and is not empty"),
                         ([runs / "gum", "--out", "file"], "file exists and is not empty"),
-                        ([runs / "gum", runs / "dense"], "one RUN"),
+                        ([runs / "gum", "another"], "arguments: another"),
                         (["nowhere", "--out", "new"], "nowhere is not a folder")):
         with pytest.raises(SystemExit) as stopped:
             export(*words)
         assert stopped.value.code == 2 and says in capsys.readouterr().err
     assert sorted(os.listdir()) == ["file", "full"] and os.listdir("full") == ["file"]
+    os.mkdir("empty")
     randomise(ours()).save_pretrained("odd")  # has a vocabulary that no tokenizer here has
-    with pytest.raises(SystemExit):
-        export("odd", "--out", "new")
-    assert "vocabulary is 257" in capsys.readouterr().err
+    for out in ("new", "further/down", "empty"):
+        with pytest.raises(SystemExit):
+            export("odd", "--out", out)
+        assert "vocabulary is 257" in capsys.readouterr().err
+    assert sorted(os.listdir()) == ["empty", "file", "full", "odd"] and not os.listdir("empty")
+
+
+def test_of_two_exports_into_one_folder_at_once_one_is_told_and_the_other_stays(
+        runs, capsys, monkeypatch):
+    os.mkdir("new")  # an empty folder will do
+    export(runs / "gum", "--out", "one")
+    hook(monkeypatch, GPT, "save_pretrained", 1,
+         lambda *_: export(runs / "gum", "--out", "new"))  # is faster
+    with pytest.raises(SystemExit) as stopped:
+        export(runs / "dense", "--out", "new")
+    assert stopped.value.code == 2 and "can't be put at new" in capsys.readouterr().err
+    assert sorted(os.listdir()) == ["new", "one"]
+    assert sorted(os.listdir("new")) == sorted(os.listdir("one"))
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        assert Path("new", name).read_bytes() == Path("one", name).read_bytes()
+    assert 'from_pretrained("new")' in Path("new/README.md").read_text(encoding="utf-8")
