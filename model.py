@@ -409,8 +409,6 @@ def hf_views(tensors, config):
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json",
            "pytorch_model.bin", "pytorch_model.bin.index.json")
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
-             "special_tokens_map.json", "added_tokens.json")
 
 
 def read_tensors(folder):
@@ -462,8 +460,7 @@ def download(name):
 
     try:
         for weights in ("model*.safetensors*", "pytorch_model*"):
-            wanted = ["config.json", *TOKENIZER, weights]
-            folder = snapshot(name, allow_patterns=wanted)
+            folder = snapshot(name, allow_patterns=["config.json", weights])
             if any(folder.glob(weights)):
                 break
         return folder
