@@ -123,21 +123,23 @@ class Study:
 
     def tuned(self, how, leftover=0.1, dense=0, distill=None, teacher=None, **more):
         """The flags of a method: `how`, and the rate, and for soft movement and GUM the lambda,
-        that suit it. Leftovers up to 25 % have those of 10 %, others those of 50 %; all else
-        that is in `more` and no shorter training changes none."""
+        that suit it. Leftovers up to 25 % have those of 10 %, others those of 50 %; ends up to 30 %
+        the rate of 30 %, others that of 70 %; longer trainings that of STEPS."""
         flags = self.start() | how | dict(distill=distill, teacher=teacher)
+        given = more | {name: how[name] for name in ("prune_until",) if name in how}
         if more.get("steps", STEPS) < STEPS and self.tiny:
             flags["steps"] = more["steps"]
         if how["method"] != "none":
-            flags |= dict(leftover=0.1 if leftover <= 0.25 else 0.5)
+            flags["leftover"] = 0.1 if leftover <= 0.25 else 0.5
+            given["leftover"] = leftover
+        if "prune_until" in how:
+            flags["prune_until"] = 0.3 if how["prune_until"] <= 0.3 else 0.7
         if how["method"] == "soft":
             flags = self.best(flags | dict(lr=self.lrs[1]), "lambda_mvp", (2.0, 20.0, 200.0))
         flags = self.best(flags, "lr", self.lrs)
-        if flags and how["method"] == "gum" and "lambda_gum" not in flags:
+        if how["method"] == "gum":
             flags = self.best(flags, "lambda_gum", (1.0, 10.0, 100.0))
-        if flags and "leftover" in flags:
-            flags |= dict(leftover=leftover)
-        return flags and flags | more | dict(model=self.start(dense)["model"])
+        return flags and flags | given | dict(model=self.start(dense)["model"])
 
     def run(self, how, **more):
         """The run of each seed, tuned."""
@@ -198,9 +200,7 @@ class Study:
                               "as GUM": self.as_gum(MAGNITUDE)},
                 "Top_v": {"each layer alike": self.run(TOP_V), "as GUM": self.as_gum(TOP_V)},
                 "GUM": {"as GUM": self.run(GUM)},
-                "New neurons": {"as GUM": self.as_gum(DENSE | dict(new="neurons"))},
-                "From scratch, as long as all": {"as GUM": self.as_gum(
-                    DENSE | dict(new="scratch", lr=5e-3, steps=DENSE_STEPS + STEPS))}},
+                "New neurons": {"as GUM": self.as_gum(DENSE | dict(new="neurons"))}},
                 ((("Random", "as GUM"), ("Random", "each layer alike")),
                  (("Top_v", "as GUM"), ("Top_v", "each layer alike")),
                  *(((name, "as GUM"), ("GUM", "as GUM"))
@@ -226,6 +226,10 @@ class Study:
                     for share in (0.01, 0.1, 0.5, 0.99)}},
             tuple((("GUM", share), ("GUM", "0.99")) for share in ("0.01", "0.1", "0.5")))
         if self.tiny:
+            yield "scratch", Question("From scratch, for as long as all training before, at 10 %", {
+                "GUM": {"as GUM": self.run(GUM)}, "From scratch": {"as GUM": self.as_gum(
+                    DENSE | dict(new="scratch", lr=5e-3, steps=DENSE_STEPS + STEPS))}},
+                (("From scratch", "GUM"),), 3)
             yield "other-models", Question("From other dense models, to 10 %", {
                 name: {f"seed {dense}": self.run(how, dense=dense) for dense in (0, 1, 2)}
                 for name, how in (MAIN | {"GUM, v reached at 30 %": EARLY}).items()}, PAIRS)
