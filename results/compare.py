@@ -337,6 +337,8 @@ def draw(path, panels, styles, formats=("png", "pdf"), dpi=200, bands=False):
         peers[x_label, y_label] = ax
         ax.set(title=title, xlabel=x_label, ylabel=y_label)
         ax.xaxis.get_major_locator().set_params(integer=x_label in ("layer", "step"))
+        if x_label in ("lambda_gum", "steps"):
+            ax.set_xscale("symlog")  # which has room for 0
         points = {}  # curve: {x: y of each run}
         for curve, xs, ys in lines:
             for x, y in zip(xs, ys):

@@ -37,7 +37,7 @@ from model import GPT, GPTConfig, whole
 from prune import cubic, defaults_of, shrink
 from results import cli
 from results.cli import ABOVE_0, Flag, flag_of
-from results.compare import mean_std, paired
+from results.compare import draw, look, mean_std, paired
 from results.runs import locked, read_run
 
 CSV = Path(__file__).with_name("what-matters.csv")
@@ -511,11 +511,54 @@ def predictors(rows):
     return "\n".join(lines)
 
 
+def curves_of(study, question, rows=None):
+    """A panel's curves: the loss of every run by the number in its column's name."""
+    return [(row, [float(re.sub("[^0-9.]", "", column)) / (100 if "%" in column else 1)], [loss])
+            for row, columns in question.table.items() if row in (rows or question.table)
+            for column in columns if column != "all"
+            for loss in rows_of(study, question, row, column).values()]
+
+
+def draw_figures(study, questions, at_10):
+    """Draw what-matters.png, how-long.png and predictors.png beside the page."""
+    loss, styles = "validation loss (nats/token)", {}
+    for name, how in METHODS.items():
+        color, marker = look(how["method"])
+        styles[name] = dict(color=color, marker=marker, ls="--" if how == GLOBAL else "-")
+    styles |= {"each layer": styles["Top_v"], "all layers": styles["Global Top_v"]}
+    shown = {("by leftover", "leftover wanted (share of neurons)"): "methods",
+             ("by end of pruning, 10 % left", "share of the steps"): "when",
+             ("by weight of uniqueness, 10 % left", "lambda_gum"): "uniqueness"}
+    figures = {"what-matters": shown, "how-long": {("10 % left", "steps"): "how-long"}}
+    for name, panels in figures.items():
+        panels = {(*title, loss): curves_of(study, questions[question])
+                  for title, question in panels.items() if question in questions}
+        if any(panels.values()):
+            draw(CSV.with_name(name), panels, styles, ["png"], 150, bands=True)
+    # A point for each run, in its method's colour.
+    points = {name: style | dict(ls="") for name, style in styles.items()}
+    panels = {}
+    for value in ("sensitivity", "uniqueness", "span_uniqueness"):
+        panels["when all were pruned", measure.MEASURES[value], loss] = [
+            (label_of(row), [row[f"{value}_pruned"]], [row["loss"]]) for row in at_10
+            if row[f"{value}_pruned"] is not None]
+    if any(panels.values()):
+        draw(CSV.with_name("predictors"), panels, points, ["png"], 150)
+
+
+def label_of(row):
+    """The method in a row's command, by its name in tables."""
+    flags = train.parse(shlex.split(row["command"])[2:])
+    if flags.scope == "global":
+        return "Global Top_v"
+    return next(name for name, how in METHODS.items() if how["method"] == flags.method)
+
+
 def report(args):
     """Write tables into what-matters.md, between the comments that name them, and draw figures."""
     study, page = Study(read_rows(), args), CSV.with_suffix(".md")
-    text, parts = page.read_text(encoding="utf-8"), {}
-    for name, question in study.questions():
+    text, parts, questions = page.read_text(encoding="utf-8"), {}, dict(study.questions())
+    for name, question in questions.items():
         tables = [table_of(study, question)] + [
             f"{measure.MEASURES[value]}:\n\n{table_of(study, question, value)}"
             for value in ("exact_match", "bleu", "rougeL") if any(
@@ -527,6 +570,7 @@ def report(args):
              and not re.search(r"--(dataset|distill|seed 99)", name)
              and re.search(r"dense0 .*--steps 400 ", name)]
     parts["predictors"] = predictors(at_10)
+    draw_figures(study, questions, at_10)
     for name, part in parts.items():
         text = re.sub(rf"(?s)(<!-- {name} -->\n).*?(<!-- end -->)",
                       lambda match: f"{match[1]}{part}\n{match[2]}", text)

@@ -235,3 +235,23 @@ def test_the_page_has_the_tables_that_its_rows_give(monkeypatch):
     monkeypatch.setattr("sys.argv", ["what_matters", "report"])
     study.main()
     assert Path("what-matters.md").read_bytes() == before
+
+
+def test_figures_have_a_point_for_every_run(made, monkeypatch):
+    figures = {}
+    make(only="^(methods|when|uniqueness)$")
+    for row in (rows := study.read_rows()).values():
+        row |= {f"{name}_pruned": 0.5 for name in ("sensitivity", "uniqueness", "span_uniqueness")}
+    monkeypatch.setattr(study, "draw", lambda path, panels, *_, **__: figures.update(
+        {path.name: panels}))
+    one, at_10 = study.Study(rows, ARGS), [row for name, row in rows.items() if "0.1" in name]
+    study.draw_figures(one, dict(one.questions()), at_10)
+    assert set(figures) == {"what-matters", "how-long", "predictors"}
+    by_leftover, by_end, by_weight = figures["what-matters"].values()
+    points = [(curve, x) for curve, xs, _ in by_leftover for x in xs]
+    assert sorted(points) == sorted([(name, v) for name in study.METHODS for v in study.LEFTOVERS
+                                     for _ in range(5)])
+    assert {x for _, (x,), _ in by_end} == {0.15, 0.3, 0.5, 0.7}
+    assert {(curve, x) for curve, (x,), _ in by_weight} == {
+        (scope, x) for scope in ("each layer", "all layers") for x in (0, 1, 3, 10, 30, 100)}
+    assert all(len(curves) == len(at_10) for curves in figures["predictors"].values())
