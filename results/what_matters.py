@@ -26,6 +26,7 @@ from functools import cache
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from statistics import correlation, fmean
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -36,8 +37,9 @@ import train
 from model import GPT, GPTConfig, whole
 from prune import cubic, defaults_of, shrink
 from results import cli
-from results.cli import ABOVE_0, Flag, flag_of
+from results.cli import ABOVE_0, Flag
 from results.compare import draw, look, mean_std, paired
+from results.export import command_of
 from results.runs import locked, read_run
 
 CSV = Path(__file__).with_name("what-matters.csv")
@@ -73,10 +75,9 @@ def command(flags):
     usual = defaults_of(flags["method"]) | dict(seed=0, dataset="stdlib")
     if flags["method"] == "gum" and flags.get("distill"):
         del usual["lambda_gum"]  # is another then
-    given = [(flag_of(name), flags[name]) for name in train.ALL_FLAGS if name != "data_path"
-             and flags.get(name) not in (None, False, usual.get(name))]
-    return shlex.join(["python", "train.py", *(
-        word for name, value in given for word in (name, str(value))[: 1 if value is True else 2])])
+    given = {name: flags[name] for name in train.ALL_FLAGS if name in flags and name != "data_path"
+             and flags[name] is not None and flags[name] != usual.get(name)}
+    return command_of(SimpleNamespace(**given))
 
 
 class Study:
