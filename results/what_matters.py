@@ -26,6 +26,7 @@ from functools import cache
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from statistics import correlation, fmean
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ from results import cli
 from results.cli import ABOVE_0, Flag
 from results.compare import draw, look, mean_std, paired
 from results.export import command_of
-from results.runs import locked, read_run
+from results.runs import load_model, locked, read_run
 
 CSV = Path(__file__).with_name("what-matters.csv")
 COLUMNS = ("command", "loss", "left", "widths", "sensitivity", "uniqueness", "span_uniqueness",
@@ -264,8 +265,8 @@ def write_rows(rows, file=CSV):
 
 
 def new_model(path):
-    """Make the folder of a model that no training has: `neurons-W,W,..-seedN`, the dense model of
-    the study with new MLPs of these widths, or `scratch-..`, all of it new."""
+    """Make the folder of a model that no training has: `neurons-W,W,..-seedN`, dense0 with new MLPs
+    of these widths, or `scratch-..`, all of it new. It appears whole or not at all."""
     kind, widths, seed = re.fullmatch(r"(\w+)-([\d,]+)-seed(\d+)", path.name).groups()
     torch.manual_seed(int(seed))
     old = GPT.from_pretrained(path.parent / "dense0")
@@ -274,7 +275,9 @@ def new_model(path):
     if kind == "neurons":
         kept = {name: value for name, value in old.state_dict().items() if ".mlp." not in name}
         model.load_state_dict(kept, strict=False)
-    model.save_pretrained(path)
+    with TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as beside:
+        model.save_pretrained(Path(beside, "model"))
+        Path(beside, "model").rename(path)
 
 
 def split_of(args, config, split):
@@ -301,7 +304,9 @@ def watched(fine_prune, file):
             small = shrink(copy.deepcopy(model)).eval()
             loss = measure.mean_loss(small, split_of(args, model.config, "validation"),
                                      nullcontext(), 32)
-            file.write_text(json.dumps(measures(small, args, "_pruned") | dict(loss_pruned=loss)))
+            found = measures(small, args, "_pruned") | dict(loss_pruned=loss)
+            with whole(file) as beside:
+                beside.write_text(json.dumps(found))
         return result
 
     return step_and_measure
@@ -336,10 +341,10 @@ def make_run(flags, folder):
         widths=",".join(map(str, metrics["result"]["widths"])), seconds=metrics["seconds"],
         loss_before=metrics["start"]["val_loss"], data=metrics["data"]["train"]["sha256"][:8])
     if data.DATASETS[args.dataset]["metric"] == "perplexity":
-        row |= measures(measure.load_model(folder).to(args.device).eval(), args)
+        row |= measures(load_model(folder).to(args.device).eval(), args)
     else:
         on = measure.On(args.dataset, args.data_path, args.data_config, metrics["block_size"],
-                        "train", 512, 200, 1, None)
+                        split="train", examples=512, generate=200, beams=1, outputs=None)
         row |= measure.measure(folder, args.device, on)[0]
     if pruned.exists():
         row |= json.loads(pruned.read_text())
@@ -347,7 +352,7 @@ def make_run(flags, folder):
 
 
 def folder_of(flags, folder):
-    """Where a run is made."""
+    """Where a run is made: a dense model in its --out, another by its command."""
     if "out" in flags:
         return Path(flags["out"])
     name = "-".join(str(flags[key]) for key in ("method", "leftover", "seed") if key in flags)
