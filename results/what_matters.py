@@ -21,7 +21,8 @@ import signal
 import sys
 import zlib
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from functools import cache
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -194,7 +195,9 @@ class Study:
                 label: {"": self.run(how, **more)} for label, how in rows.items()},
                 PAIRS[1:] + (("GUM, v reached at 30 %", "GUM"),), 3)
 
-        distilling = dict(distill=True, teacher=self.dense())
+        def distilling():  # when it is asked for: only then is a Hub's model's teacher wanted
+            return dict(distill=True, teacher=self.dense())
+
         if self.tiny:
             yield "where", Question("Where neurons stay, or which, at 10 %", {
                 "Random": {"each layer alike": self.run(RANDOM), "as GUM": self.as_gum(RANDOM)},
@@ -219,10 +222,10 @@ class Study:
         yield "methods", Question(
             "The methods", {"Dense": {"all": self.run(DENSE)}} | methods(), PAIRS)
         yield "methods-distilled", Question(
-            "The methods, distilled", {"Dense": {"all": self.run(DENSE, **distilling)}}
-            | methods(**distilling), PAIRS)
+            "The methods, distilled", {"Dense": {"all": self.run(DENSE, **distilling())}}
+            | methods(**distilling()), PAIRS)
         yield "uniqueness-distilled", Question(
-            "The weight of uniqueness, at 10 %, distilled", uniqueness(**distilling), weights)
+            "The weight of uniqueness, at 10 %, distilled", uniqueness(**distilling()), weights)
         yield "memory", Question("How much of the similarity is the last batch's, at 10 %", {
             "GUM": {f"{share:g}": self.run(GUM, lambda_sim=share)
                     for share in (0.01, 0.1, 0.5, 0.99)}},
@@ -360,16 +363,15 @@ def folder_of(flags, folder):
 
 
 def is_ready(flags, folder):
-    """Whether the models that a run starts from are there; new ones are made."""
-    start = Path(flags.get("model", ""))
-    dense = {folder / "dense0"} if start.parent == folder else set()
-    for one in (start, Path(flags.get("teacher") or "")):
-        if one.parent == folder and one.name.startswith("dense"):
-            dense.add(one)
-    if not all((one / "metrics.json").exists() for one in dense):
-        return False
-    if re.match("neurons-|scratch-", start.name) and not start.exists():
-        new_model(start)
+    """Whether the models that a run takes from `folder` are there; new ones are made of dense0."""
+    for path in map(Path, filter(None, (flags.get("model"), flags.get("teacher")))):
+        if path.parent == folder:
+            new = re.match("neurons-|scratch-", path.name)
+            dense = folder / "dense0" if new else path
+            if not (dense / "metrics.json").exists():
+                return False
+            if new and not path.exists():
+                new_model(path)
     return True
 
 
@@ -384,12 +386,58 @@ def wanted_by(args, known):
                     study.want(flags)
             wanted |= study.wanted
         study.wanted = {}
+    if all(name in known for name in wanted):  # dense models that are gone, and nobody takes
+        return {}
     return wanted
+
+
+def check_only(args):
+    """ValueError if --only is no regular expression, or the name of no question matches it."""
+    names = [name for name, _ in Study({}, args).questions()]
+    try:
+        if not any(re.search(args.only, name) for name in names):
+            raise ValueError(f"--only {args.only} matches none of {', '.join(names)}")
+    except re.error as error:
+        raise ValueError(f"--only {args.only} is no regular expression: {error}") from error
+
+
+def dataset_of(name):
+    """The data set in a command."""
+    found = re.search(r"--dataset (\S+)", name)
+    return found[1] if found else "stdlib"
+
+
+def check_hash(row, known):
+    """ValueError if a row of the same data set in `known` has other data than `row`."""
+    dataset = dataset_of(row["command"])
+    others = {other["data"] for name, other in known.items()
+              if name != row["command"] and dataset_of(name) == dataset}
+    if others - {row["data"]}:
+        raise ValueError(f"{dataset} is other data here (sha256 {row['data']}) than in {CSV} "
+                         f"({', '.join(others)}): go on with those, or move that file away to "
+                         "begin anew")
+
+
+@contextmanager
+def stopping():
+    """Whatever ends this, as Ctrl-C, stops the runs that are being made, too: they are kept."""
+    try:
+        yield
+    except BaseException as error:
+        for process in active_children():  # a terminal tells them, but not `kill`
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGINT)
+        if isinstance(error, BrokenProcessPool):
+            raise ValueError("a run was killed, as where memory is short: try fewer --processes"
+                             ) from error
+        raise
 
 
 def make(args):
     """Make all runs that are not made yet, several at a time."""
     known, folder, running, failed = read_rows(), Path(args.out), {}, {}
+    if args.only:
+        check_only(args)
     if args.list:
         for name in wanted_by(args, known):
             print(name)
@@ -398,32 +446,31 @@ def make(args):
     folder.mkdir(parents=True, exist_ok=True)
     processes = args.processes or (1 if torch.cuda.is_available() else os.cpu_count())
     with (locked(folder, wait=False), data.bar("what matters", unit="run", leave=True) as bar,
-          ProcessPoolExecutor(processes, get_context("spawn"), share_data) as pool):
+          ProcessPoolExecutor(processes, get_context("spawn"), share_data) as pool, stopping()):
         while True:
             wanted = wanted_by(args, known)
             bar.total = bar.n + len(wanted)
+            begun = {name for name, _ in running.values()} | {*failed}
             for name, flags in wanted.items():
-                if len(running) < processes and name not in [*running.values(), *failed] and (
-                        is_ready(flags, folder)):
-                    running[pool.submit(make_run, flags, folder_of(flags, folder))] = name
+                if len(running) < processes and name not in begun and is_ready(flags, folder):
+                    running[pool.submit(make_run, flags, folder_of(flags, folder))] = name, flags
             if not running:
                 break
-            try:
-                done = wait(running, return_when=FIRST_COMPLETED).done
-            except KeyboardInterrupt:
-                for process in active_children():  # a terminal tells them, but not `kill`
-                    os.kill(process.pid, signal.SIGINT)
-                raise
-            for future in done:
-                name = running.pop(future)
-                if future.exception():
-                    failed[name] = future.exception()
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                name, flags = running.pop(future)
+                error = future.exception()
+                if isinstance(error, BrokenProcessPool):
+                    raise error
+                if error:
+                    failed[name] = error
                     continue
+                known |= read_rows()  # those that are made elsewhere meanwhile
+                check_hash(future.result(), known)
                 known[name] = future.result()
                 write_rows(known)
                 bar.update()
-                if "out" not in wanted[name]:
-                    made = folder_of(wanted[name], folder)
+                if "out" not in flags:
+                    made = folder_of(flags, folder)
                     shutil.rmtree(made)
                     for suffix in ("json", "log"):
                         Path(f"{made}.{suffix}").unlink(missing_ok=True)
