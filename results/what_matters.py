@@ -174,13 +174,13 @@ class Study:
         return lambda seed: flags_of(seed, lr=best)
 
     def questions(self):
-        """{name: question}, in the order in which they are made."""
+        """Yields each question's name and itself, in the order in which they are made."""
         def methods(**how):
             return {name: {f"{leftover:.0%}": self.run(flags, leftover=leftover, **how)
                            for leftover in LEFTOVERS} for name, flags in METHODS.items()}
 
         def uniqueness(**how):
-            """Of the runs in a row, the first one's rate serves all."""
+            # Of the runs in a row, the rate that suits weight 0 serves all.
             return {name: {f"{weight:g}": self.run(flags, lambda_gum=weight, **how)
                            for weight in (0.0, 1.0, 3.0, 10.0, 30.0, 100.0)}
                     for name, flags in (("each layer", TOP_V), ("all layers", GLOBAL))}
@@ -189,8 +189,8 @@ class Study:
             more, hub = dict(dataset=name, steps=steps), data.DATASETS[name].get("hub")
             if self.args.data and hub:
                 more["data_path"] = str(Path(self.args.data, hub))
-            rows = {"Dense": DENSE, **MAIN, "GUM, v reached at 30 %": EARLY}
-            del rows["Random"]
+            rows = {"Dense": DENSE, "Top_v": TOP_V, "Global Top_v": GLOBAL, "GUM": GUM,
+                    "GUM, v reached at 30 %": EARLY}
             return Question(f"Fine-pruning on {name}, to 10 %", {
                 label: {"": self.run(how, **more)} for label, how in rows.items()},
                 PAIRS[1:] + (("GUM, v reached at 30 %", "GUM"),), 3)
@@ -485,32 +485,42 @@ def make(args):
 
 def rows_of(study, question, row, column, value="loss"):
     """{seed: value} of a cell, as far as it is made."""
-    run = question.table.get(row, {}).get(column)
-    found = ((seed, run and run(seed)) for seed in range(question.seeds))
-    rows = {seed: study.known.get(command(flags)) for seed, flags in found if flags}
-    return {seed: row[value] for seed, row in rows.items() if row and row[value] is not None}
+    values, run = {}, question.table.get(row, {}).get(column)
+    for seed in range(question.seeds if run else 0):
+        flags = run(seed)
+        made = flags and study.known.get(command(flags))
+        if made and made[value] is not None:
+            values[seed] = made[value]
+    return values
 
 
 def columns_of(question):
+    """The columns of all rows, in order."""
     return list(dict.fromkeys(column for row in question.table.values() for column in row))
 
 
+def cell_of(study, question, row, column, value):
+    """A table's cell: mean ± sample standard deviation over the seeds, their number if some are
+    missing, and what is left where that is not what was wanted."""
+    values = rows_of(study, question, row, column, value).values()
+    if not values:
+        return ""
+    text = "{:.4f} ± {:.4f}".format(*mean_std(values))
+    if len(values) < question.seeds:
+        text += f" ({len(values)})"
+    left = fmean(rows_of(study, question, row, column, "left").values())
+    runs = map(question.table[row][column], range(question.seeds))
+    if abs(left - next(filter(None, runs)).get("leftover", 1)) > 0.01:
+        text += f" at {left:.3f}"
+    return text
+
+
 def table_of(study, question, value="loss"):
-    """A question's table in Markdown: mean ± sample standard deviation over the seeds."""
-    lines, columns = [], columns_of(question)
-    lines += [["", *columns], ["---"] * (1 + len(columns))]
+    """A question's table in Markdown."""
+    columns = columns_of(question)
+    lines = [["", *columns], ["---"] * (1 + len(columns))]
     for row in question.table:
-        cells = []
-        for column in columns:
-            values = list(rows_of(study, question, row, column, value).values())
-            left = rows_of(study, question, row, column, "left").values()
-            wanted = question.table[row].get(column, lambda seed: None)(0) or {}
-            text = "{:.4f} ± {:.4f}".format(*mean_std(values)) if values else ""
-            text += f" ({len(values)})" * (0 < len(values) < question.seeds)
-            if values and abs(fmean(left) - wanted.get("leftover", 1)) > 0.01:
-                text += f" at {fmean(left):.3f}"
-            cells.append(text)
-        lines.append([row, *cells])
+        lines.append([row, *(cell_of(study, question, row, column, value) for column in columns)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -549,26 +559,27 @@ def ranks(values):
 
 
 def predictors(rows):
-    """Spearman's rank correlation of each measure with the final loss, in Markdown: over all runs
-    (of one leftover), and over the means of each method."""
+    """Spearman's rank correlation of each measure with the final loss over `rows`, and of how many
+    of them, in Markdown: as measured when all were pruned, and at the end."""
     lines = ["| measure | when pruned | at the end |", "| --- | --- | --- |"]
     for name in ("sensitivity", "uniqueness", "span_uniqueness", "loss"):
         cells = []
         for suffix in ("_pruned", ""):
-            both = [(row[name + suffix], row["loss"]) for row in rows
-                    if row[name + suffix] is not None]
-            known = len(both) > 2 and name + suffix != "loss"
-            cells.append(f"{correlation(*map(ranks, zip(*both))):+.2f} ({len(both)})" if known
-                         else "")
+            found = [row for row in rows if row[name + suffix] is not None]
+            values, losses = ([row[key] for row in found] for key in (name + suffix, "loss"))
+            constant = len({*values}) < 2 or len({*losses}) < 2  # then there is no correlation
+            if constant or len(found) < 3 or name + suffix == "loss":
+                cells.append("")
+            else:
+                cells.append(f"{correlation(ranks(values), ranks(losses)):+.2f} ({len(found)})")
         lines.append(f"| {measure.MEASURES[name]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def curves_of(study, question, rows=None):
+def curves_of(study, question):
     """A panel's curves: the loss of every run by the number in its column's name."""
     return [(row, [float(re.sub("[^0-9.]", "", column)) / (100 if "%" in column else 1)], [loss])
-            for row, columns in question.table.items() if row in (rows or question.table)
-            for column in columns if column != "all"
+            for row, columns in question.table.items() for column in columns if column != "all"
             for loss in rows_of(study, question, row, column).values()]
 
 
@@ -611,29 +622,40 @@ def report(args):
     """Write tables into what-matters.md, between the comments that name them, and draw figures."""
     study, page = Study(read_rows(), args), CSV.with_suffix(".md")
     text, parts, questions = page.read_text(encoding="utf-8"), {}, dict(study.questions())
+
+    def is_made(question, value="loss"):
+        return any(rows_of(study, question, row, column, value)
+                   for row in question.table for column in columns_of(question))
+
+    if not any(map(is_made, questions.values())):
+        raise ValueError(f"no run in {CSV} is of --model {args.model}, made in --out {args.out}")
     for name, question in questions.items():
         tables = [table_of(study, question)] + [
             f"{measure.MEASURES[value]}:\n\n{table_of(study, question, value)}"
-            for value in ("exact_match", "bleu", "rougeL") if any(
-                rows_of(study, question, row, column, value)
-                for row in question.table for column in columns_of(question))]
+            for value in ("exact_match", "bleu", "rougeL") if is_made(question, value)]
         parts[name] = "\n\n".join(filter(None, [
             *tables, differences_of(study, question), commands_of(question)]))
     at_10 = [row for name, row in study.known.items() if re.search(r"--leftover 0\.1\b", name)
              and not re.search(r"--(dataset|distill|seed 99)", name)
              and re.search(r"dense0 .*--steps 400 ", name)]
-    parts["predictors"] = predictors(at_10)
+    if at_10:
+        parts["predictors"] = predictors(at_10)
     draw_figures(study, questions, at_10)
     for name, part in parts.items():
-        text = re.sub(rf"(?s)(<!-- {name} -->\n).*?(<!-- end -->)",
-                      lambda match: f"{match[1]}{part}\n{match[2]}", text)
+        before, comment, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        if end:
+            text = f"{before}{comment}{part}\n{end}{after}"
+        else:
+            print(f"{page} has no place for {name}: <!-- {name} -->, and below it <!-- end -->")
     with whole(page) as file:
         file.write_text(text, encoding="utf-8")
-    print(f"{page}: {', '.join(parts)}")
+    print(f"the tables are in {page}")
 
 
 ABOUT = dict(
-    out=Flag(str, "where to make them", "out/what-matters"),
+    out=Flag(str, "where to make them: part of their commands, so go on with the same",
+             "out/what-matters"),
     model=Flag(str, "tiny, or a Hub's model: then of the paper's own questions", "tiny"),
     dataset=Flag(data.DATASETS, "for a Hub's model", "wikitext"),
     data_path=Flag(str, "for a Hub's model: a copy of the data"),
