@@ -61,9 +61,9 @@ PAIRS = (("Top_v", "Random"), ("Global Top_v", "Top_v"), ("GUM", "Global Top_v")
 
 
 class Question(NamedTuple):
-    """A table: {row: {column: run}}. A run is a function from a seed to its flags, or to None as
-    long as those depend on runs that are to be made. `pairs`: what to compare, seed by seed: rows,
-    in every column, or cells, (row, column)."""
+    """A table: {row: {column: run}}, over seeds 0 to `seeds` - 1. A run is a function from a seed to
+    its flags, or to None as long as those depend on runs that are to be made. `pairs`: what to
+    compare, seed by seed: rows, in every column, or cells, (row, column)."""
 
     title: str
     table: dict
@@ -100,7 +100,8 @@ class Study:
         return row
 
     def dense(self, seed=0):
-        """The folder of a dense model: of `tiny` well trained, of a Hub's model fine-tuned."""
+        """The folder of a dense model: of `tiny` well trained, of a Hub's model fine-tuned. It is
+        kept, for other runs start from it or learn from it."""
         folder = str(self.folder / f"dense{seed}")
         how = dict(steps=DENSE_STEPS) if self.tiny else self.start()
         self.want(how | DENSE | dict(seed=seed, out=folder))
@@ -127,9 +128,9 @@ class Study:
     def tuned(self, how, leftover=0.1, dense=0, distill=None, teacher=None, **more):
         """The flags of a method: `how`, and the rate, and for soft movement and GUM the lambda,
         that suit it. Leftovers up to 25 % have those of 10 %, others those of 50 %; ends up to 30 %
-        the rate of 30 %, others that of 70 %; longer trainings that of STEPS."""
-        flags = self.start() | how | dict(distill=distill, teacher=teacher)
-        given = more | {name: how[name] for name in ("prune_until",) if name in how}
+        the rate of 30 %, others that of 70 %; longer trainings, other data and other dense models
+        those of STEPS on the usual data from dense0. None as long as they are not known."""
+        flags, given = self.start() | how | dict(distill=distill, teacher=teacher), dict(more)
         if more.get("steps", STEPS) < STEPS and self.tiny:
             flags["steps"] = more["steps"]
         if how["method"] != "none":
@@ -137,6 +138,7 @@ class Study:
             given["leftover"] = leftover
         if "prune_until" in how:
             flags["prune_until"] = 0.3 if how["prune_until"] <= 0.3 else 0.7
+            given["prune_until"] = how["prune_until"]
         if how["method"] == "soft":
             flags = self.best(flags | dict(lr=self.lrs[1]), "lambda_mvp", (2.0, 20.0, 200.0))
         flags = self.best(flags, "lr", self.lrs)
@@ -150,12 +152,13 @@ class Study:
         return lambda seed: flags and flags | dict(seed=seed)
 
     def as_gum(self, how):
-        """The run of each seed with the layer widths that GUM ended with, tuned. Without pruning:
-        of new neurons in a dense model, or of a model that is `how["new"]` in all."""
+        """The run of each seed with the layer widths that GUM ended with, tuned if `how` has no lr.
+        `how["new"]`, "neurons" or "scratch": it is not pruned to them, but starts from a
+        `new_model` that has them."""
         gum, how = self.tuned(GUM), dict(how)
         new = how.pop("new", None)
 
-        def flags_of(seed, **rate):
+        def with_widths(seed, **rate):
             row = gum and self.want(gum | dict(seed=seed))
             if not row:
                 return None
@@ -165,13 +168,13 @@ class Study:
             return self.start() | its | rate | how | dict(seed=seed)
 
         if "lr" in how:
-            return flags_of
-        rows = {lr: flags_of(TUNING, lr=lr) for lr in self.lrs}
+            return with_widths
+        rows = {lr: with_widths(TUNING, lr=lr) for lr in self.lrs}
         rows = {lr: flags and self.want(flags) for lr, flags in rows.items()}
         if None in rows.values():
             return lambda seed: None
         best = min(rows, key=lambda lr: rows[lr]["loss"])
-        return lambda seed: flags_of(seed, lr=best)
+        return lambda seed: with_widths(seed, lr=best)
 
     def questions(self):
         """Yields each question's name and itself, in the order in which they are made."""
@@ -258,6 +261,7 @@ def read_rows(file=CSV):
 
 
 def write_rows(rows, file=CSV):
+    """Write what `read_rows` reads."""
     with whole(file) as beside, open(beside, "w", newline="") as lines:
         writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
         writer.writeheader()
