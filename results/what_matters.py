@@ -61,8 +61,8 @@ PAIRS = (("Top_v", "Random"), ("Global Top_v", "Top_v"), ("GUM", "Global Top_v")
 
 
 class Question(NamedTuple):
-    """A table: {row: {column: run}}, over seeds 0 to `seeds` - 1. A run is a function from a seed to
-    its flags, or to None as long as those depend on runs that are to be made. `pairs`: what to
+    """A table: {row: {column: run}}, over seeds 0 to `seeds` - 1. A run is a function from a seed
+    to its flags, or to None as long as those depend on runs that are to be made. `pairs`: what to
     compare, seed by seed: rows, in every column, or cells, (row, column)."""
 
     title: str
