@@ -1,5 +1,5 @@
-"""The command line of train.py, measure.py and results/bench.py: a look at the flags before torch
-is imported, which takes seconds; what a flag is; what becomes of mistakes."""
+"""The command line of train.py, measure.py and the programs in results/: a look at the flags before
+torch is imported, which takes seconds; what a flag is; what becomes of mistakes."""
 
 import argparse
 import os
@@ -132,7 +132,8 @@ def command_line(commands, flags, about):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.print_usage = lambda file: None  # so that a mistake takes one line
     if words and not named and words[0][:1] != "-" and not os.path.exists(words[0]):
-        parser.error(f"{words[0]} is no run's folder, and none of {', '.join(commands)}")
+        no_run = "no run's folder, and " * ("runs" in flags[name])
+        parser.error(f"{words[0]} is {no_run}none of {', '.join(commands)}")
     args = parse(parser, {name: flags[name]}, words)
     for flag, one in flags[name].items():
         if getattr(args, flag) is None:

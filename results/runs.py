@@ -87,7 +87,7 @@ def read_run(folder):
 
 
 def read_model(folder):
-    """`read_run`, of a finished run or a folder with only a model."""
+    """`read_run`, of a finished run or a folder with only a model; ValueError if interrupted."""
     run = read_run(folder)
     if run.state == "interrupted":
         raise ValueError(f"{folder} is not finished: go on with its command and --resume")

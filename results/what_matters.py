@@ -21,11 +21,14 @@ import signal
 import sys
 import zlib
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from functools import cache
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from statistics import correlation, fmean
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -36,9 +39,10 @@ import train
 from model import GPT, GPTConfig, whole
 from prune import cubic, defaults_of, shrink
 from results import cli
-from results.cli import ABOVE_0, Flag, flag_of
+from results.cli import ABOVE_0, Flag
 from results.compare import draw, look, mean_std, paired
-from results.runs import locked, read_run
+from results.export import command_of
+from results.runs import load_model, locked, read_run
 
 CSV = Path(__file__).with_name("what-matters.csv")
 COLUMNS = ("command", "loss", "left", "widths", "sensitivity", "uniqueness", "span_uniqueness",
@@ -57,9 +61,9 @@ PAIRS = (("Top_v", "Random"), ("Global Top_v", "Top_v"), ("GUM", "Global Top_v")
 
 
 class Question(NamedTuple):
-    """A table: {row: {column: run}}. A run is a function from a seed to its flags, or to None as
-    long as those depend on runs that are to be made. `pairs`: what to compare, seed by seed: rows,
-    in every column, or cells, (row, column)."""
+    """A table: {row: {column: run}}, over seeds 0 to `seeds` - 1. A run is a function from a seed
+    to its flags, or to None as long as those depend on runs that are to be made. `pairs`: what to
+    compare, seed by seed: rows, in every column, or cells, (row, column)."""
 
     title: str
     table: dict
@@ -73,10 +77,9 @@ def command(flags):
     usual = defaults_of(flags["method"]) | dict(seed=0, dataset="stdlib")
     if flags["method"] == "gum" and flags.get("distill"):
         del usual["lambda_gum"]  # is another then
-    given = [(flag_of(name), flags[name]) for name in train.ALL_FLAGS if name != "data_path"
-             and flags.get(name) not in (None, False, usual.get(name))]
-    return shlex.join(["python", "train.py", *(
-        word for name, value in given for word in (name, str(value))[: 1 if value is True else 2])])
+    given = {name: flags[name] for name in train.ALL_FLAGS if name in flags and name != "data_path"
+             and flags[name] is not None and flags[name] != usual.get(name)}
+    return command_of(SimpleNamespace(**given))
 
 
 class Study:
@@ -97,7 +100,8 @@ class Study:
         return row
 
     def dense(self, seed=0):
-        """The folder of a dense model: of `tiny` well trained, of a Hub's model fine-tuned."""
+        """The folder of a dense model: of `tiny` well trained, of a Hub's model fine-tuned. It is
+        kept, for other runs start from it or learn from it."""
         folder = str(self.folder / f"dense{seed}")
         how = dict(steps=DENSE_STEPS) if self.tiny else self.start()
         self.want(how | DENSE | dict(seed=seed, out=folder))
@@ -124,9 +128,9 @@ class Study:
     def tuned(self, how, leftover=0.1, dense=0, distill=None, teacher=None, **more):
         """The flags of a method: `how`, and the rate, and for soft movement and GUM the lambda,
         that suit it. Leftovers up to 25 % have those of 10 %, others those of 50 %; ends up to 30 %
-        the rate of 30 %, others that of 70 %; longer trainings that of STEPS."""
-        flags = self.start() | how | dict(distill=distill, teacher=teacher)
-        given = more | {name: how[name] for name in ("prune_until",) if name in how}
+        the rate of 30 %, others that of 70 %; longer trainings, other data and other dense models
+        those of STEPS on the usual data from dense0. None as long as they are not known."""
+        flags, given = self.start() | how | dict(distill=distill, teacher=teacher), dict(more)
         if more.get("steps", STEPS) < STEPS and self.tiny:
             flags["steps"] = more["steps"]
         if how["method"] != "none":
@@ -134,6 +138,7 @@ class Study:
             given["leftover"] = leftover
         if "prune_until" in how:
             flags["prune_until"] = 0.3 if how["prune_until"] <= 0.3 else 0.7
+            given["prune_until"] = how["prune_until"]
         if how["method"] == "soft":
             flags = self.best(flags | dict(lr=self.lrs[1]), "lambda_mvp", (2.0, 20.0, 200.0))
         flags = self.best(flags, "lr", self.lrs)
@@ -147,12 +152,13 @@ class Study:
         return lambda seed: flags and flags | dict(seed=seed)
 
     def as_gum(self, how):
-        """The run of each seed with the layer widths that GUM ended with, tuned. Without pruning:
-        of new neurons in a dense model, or of a model that is `how["new"]` in all."""
+        """The run of each seed with the layer widths that GUM ended with, tuned if `how` has no lr.
+        `how["new"]`, "neurons" or "scratch": it is not pruned to them, but starts from a
+        `new_model` that has them."""
         gum, how = self.tuned(GUM), dict(how)
         new = how.pop("new", None)
 
-        def flags_of(seed, **rate):
+        def with_widths(seed, **rate):
             row = gum and self.want(gum | dict(seed=seed))
             if not row:
                 return None
@@ -162,22 +168,22 @@ class Study:
             return self.start() | its | rate | how | dict(seed=seed)
 
         if "lr" in how:
-            return flags_of
-        rows = {lr: flags_of(TUNING, lr=lr) for lr in self.lrs}
+            return with_widths
+        rows = {lr: with_widths(TUNING, lr=lr) for lr in self.lrs}
         rows = {lr: flags and self.want(flags) for lr, flags in rows.items()}
         if None in rows.values():
             return lambda seed: None
         best = min(rows, key=lambda lr: rows[lr]["loss"])
-        return lambda seed: flags_of(seed, lr=best)
+        return lambda seed: with_widths(seed, lr=best)
 
     def questions(self):
-        """{name: question}, in the order in which they are made."""
+        """Yields each question's name and itself, in the order in which they are made."""
         def methods(**how):
             return {name: {f"{leftover:.0%}": self.run(flags, leftover=leftover, **how)
                            for leftover in LEFTOVERS} for name, flags in METHODS.items()}
 
         def uniqueness(**how):
-            """Of the runs in a row, the first one's rate serves all."""
+            # Of the runs in a row, the rate that suits weight 0 serves all.
             return {name: {f"{weight:g}": self.run(flags, lambda_gum=weight, **how)
                            for weight in (0.0, 1.0, 3.0, 10.0, 30.0, 100.0)}
                     for name, flags in (("each layer", TOP_V), ("all layers", GLOBAL))}
@@ -186,13 +192,15 @@ class Study:
             more, hub = dict(dataset=name, steps=steps), data.DATASETS[name].get("hub")
             if self.args.data and hub:
                 more["data_path"] = str(Path(self.args.data, hub))
-            rows = {"Dense": DENSE, **MAIN, "GUM, v reached at 30 %": EARLY}
-            del rows["Random"]
+            rows = {"Dense": DENSE, "Top_v": TOP_V, "Global Top_v": GLOBAL, "GUM": GUM,
+                    "GUM, v reached at 30 %": EARLY}
             return Question(f"Fine-pruning on {name}, to 10 %", {
                 label: {"": self.run(how, **more)} for label, how in rows.items()},
                 PAIRS[1:] + (("GUM, v reached at 30 %", "GUM"),), 3)
 
-        distilling = dict(distill=True, teacher=self.dense())
+        def distilling():  # when it is asked for: only then is a Hub's model's teacher wanted
+            return dict(distill=True, teacher=self.dense())
+
         if self.tiny:
             yield "where", Question("Where neurons stay, or which, at 10 %", {
                 "Random": {"each layer alike": self.run(RANDOM), "as GUM": self.as_gum(RANDOM)},
@@ -217,10 +225,10 @@ class Study:
         yield "methods", Question(
             "The methods", {"Dense": {"all": self.run(DENSE)}} | methods(), PAIRS)
         yield "methods-distilled", Question(
-            "The methods, distilled", {"Dense": {"all": self.run(DENSE, **distilling)}}
-            | methods(**distilling), PAIRS)
+            "The methods, distilled", {"Dense": {"all": self.run(DENSE, **distilling())}}
+            | methods(**distilling()), PAIRS)
         yield "uniqueness-distilled", Question(
-            "The weight of uniqueness, at 10 %, distilled", uniqueness(**distilling), weights)
+            "The weight of uniqueness, at 10 %, distilled", uniqueness(**distilling()), weights)
         yield "memory", Question("How much of the similarity is the last batch's, at 10 %", {
             "GUM": {f"{share:g}": self.run(GUM, lambda_sim=share)
                     for share in (0.01, 0.1, 0.5, 0.99)}},
@@ -253,6 +261,7 @@ def read_rows(file=CSV):
 
 
 def write_rows(rows, file=CSV):
+    """Write what `read_rows` reads."""
     with whole(file) as beside, open(beside, "w", newline="") as lines:
         writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -263,8 +272,8 @@ def write_rows(rows, file=CSV):
 
 
 def new_model(path):
-    """Make the folder of a model that no training has: `neurons-W,W,..-seedN`, the dense model of
-    the study with new MLPs of these widths, or `scratch-..`, all of it new."""
+    """Make the folder of a model that no training has: `neurons-W,W,..-seedN`, dense0 with new MLPs
+    of these widths, or `scratch-..`, all of it new. It appears whole or not at all."""
     kind, widths, seed = re.fullmatch(r"(\w+)-([\d,]+)-seed(\d+)", path.name).groups()
     torch.manual_seed(int(seed))
     old = GPT.from_pretrained(path.parent / "dense0")
@@ -273,7 +282,9 @@ def new_model(path):
     if kind == "neurons":
         kept = {name: value for name, value in old.state_dict().items() if ".mlp." not in name}
         model.load_state_dict(kept, strict=False)
-    model.save_pretrained(path)
+    with TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as beside:
+        model.save_pretrained(Path(beside, "model"))
+        Path(beside, "model").rename(path)
 
 
 def split_of(args, config, split):
@@ -300,7 +311,9 @@ def watched(fine_prune, file):
             small = shrink(copy.deepcopy(model)).eval()
             loss = measure.mean_loss(small, split_of(args, model.config, "validation"),
                                      nullcontext(), 32)
-            file.write_text(json.dumps(measures(small, args, "_pruned") | dict(loss_pruned=loss)))
+            found = measures(small, args, "_pruned") | dict(loss_pruned=loss)
+            with whole(file) as beside:
+                beside.write_text(json.dumps(found))
         return result
 
     return step_and_measure
@@ -335,10 +348,10 @@ def make_run(flags, folder):
         widths=",".join(map(str, metrics["result"]["widths"])), seconds=metrics["seconds"],
         loss_before=metrics["start"]["val_loss"], data=metrics["data"]["train"]["sha256"][:8])
     if data.DATASETS[args.dataset]["metric"] == "perplexity":
-        row |= measures(measure.load_model(folder).to(args.device).eval(), args)
+        row |= measures(load_model(folder).to(args.device).eval(), args)
     else:
         on = measure.On(args.dataset, args.data_path, args.data_config, metrics["block_size"],
-                        "train", 512, 200, 1, None)
+                        split="train", examples=512, generate=200, beams=1, outputs=None)
         row |= measure.measure(folder, args.device, on)[0]
     if pruned.exists():
         row |= json.loads(pruned.read_text())
@@ -346,7 +359,7 @@ def make_run(flags, folder):
 
 
 def folder_of(flags, folder):
-    """Where a run is made."""
+    """Where a run is made: a dense model in its --out, another by its command."""
     if "out" in flags:
         return Path(flags["out"])
     name = "-".join(str(flags[key]) for key in ("method", "leftover", "seed") if key in flags)
@@ -354,16 +367,15 @@ def folder_of(flags, folder):
 
 
 def is_ready(flags, folder):
-    """Whether the models that a run starts from are there; new ones are made."""
-    start = Path(flags.get("model", ""))
-    dense = {folder / "dense0"} if start.parent == folder else set()
-    for one in (start, Path(flags.get("teacher") or "")):
-        if one.parent == folder and one.name.startswith("dense"):
-            dense.add(one)
-    if not all((one / "metrics.json").exists() for one in dense):
-        return False
-    if re.match("neurons-|scratch-", start.name) and not start.exists():
-        new_model(start)
+    """Whether the models that a run takes from `folder` are there; new ones are made of dense0."""
+    for path in map(Path, filter(None, (flags.get("model"), flags.get("teacher")))):
+        if path.parent == folder:
+            new = re.match("neurons-|scratch-", path.name)
+            dense = folder / "dense0" if new else path
+            if not (dense / "metrics.json").exists():
+                return False
+            if new and not path.exists():
+                new_model(path)
     return True
 
 
@@ -378,12 +390,58 @@ def wanted_by(args, known):
                     study.want(flags)
             wanted |= study.wanted
         study.wanted = {}
+    if all(name in known for name in wanted):  # dense models that are gone, and nobody takes
+        return {}
     return wanted
+
+
+def check_only(args):
+    """ValueError if --only is no regular expression, or the name of no question matches it."""
+    names = [name for name, _ in Study({}, args).questions()]
+    try:
+        if not any(re.search(args.only, name) for name in names):
+            raise ValueError(f"--only {args.only} matches none of {', '.join(names)}")
+    except re.error as error:
+        raise ValueError(f"--only {args.only} is no regular expression: {error}") from error
+
+
+def dataset_of(name):
+    """The data set in a command."""
+    found = re.search(r"--dataset (\S+)", name)
+    return found[1] if found else "stdlib"
+
+
+def check_hash(row, known):
+    """ValueError if a row of the same data set in `known` has other data than `row`."""
+    dataset = dataset_of(row["command"])
+    others = {other["data"] for name, other in known.items()
+              if name != row["command"] and dataset_of(name) == dataset}
+    if others - {row["data"]}:
+        raise ValueError(f"{dataset} is other data here (sha256 {row['data']}) than in {CSV} "
+                         f"({', '.join(others)}): go on with those, or move that file away to "
+                         "begin anew")
+
+
+@contextmanager
+def stopping():
+    """Whatever ends this, as Ctrl-C, stops the runs that are being made, too: they are kept."""
+    try:
+        yield
+    except BaseException as error:
+        for process in active_children():  # a terminal tells them, but not `kill`
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGINT)
+        if isinstance(error, BrokenProcessPool):
+            raise ValueError("a run was killed, as where memory is short: try fewer --processes"
+                             ) from error
+        raise
 
 
 def make(args):
     """Make all runs that are not made yet, several at a time."""
     known, folder, running, failed = read_rows(), Path(args.out), {}, {}
+    if args.only:
+        check_only(args)
     if args.list:
         for name in wanted_by(args, known):
             print(name)
@@ -392,32 +450,31 @@ def make(args):
     folder.mkdir(parents=True, exist_ok=True)
     processes = args.processes or (1 if torch.cuda.is_available() else os.cpu_count())
     with (locked(folder, wait=False), data.bar("what matters", unit="run", leave=True) as bar,
-          ProcessPoolExecutor(processes, get_context("spawn"), share_data) as pool):
+          ProcessPoolExecutor(processes, get_context("spawn"), share_data) as pool, stopping()):
         while True:
             wanted = wanted_by(args, known)
             bar.total = bar.n + len(wanted)
+            begun = {name for name, _ in running.values()} | {*failed}
             for name, flags in wanted.items():
-                if len(running) < processes and name not in [*running.values(), *failed] and (
-                        is_ready(flags, folder)):
-                    running[pool.submit(make_run, flags, folder_of(flags, folder))] = name
+                if len(running) < processes and name not in begun and is_ready(flags, folder):
+                    running[pool.submit(make_run, flags, folder_of(flags, folder))] = name, flags
             if not running:
                 break
-            try:
-                done = wait(running, return_when=FIRST_COMPLETED).done
-            except KeyboardInterrupt:
-                for process in active_children():  # a terminal tells them, but not `kill`
-                    os.kill(process.pid, signal.SIGINT)
-                raise
-            for future in done:
-                name = running.pop(future)
-                if future.exception():
-                    failed[name] = future.exception()
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                name, flags = running.pop(future)
+                error = future.exception()
+                if isinstance(error, BrokenProcessPool):
+                    raise error
+                if error:
+                    failed[name] = error
                     continue
+                known |= read_rows()  # those that are made elsewhere meanwhile
+                check_hash(future.result(), known)
                 known[name] = future.result()
                 write_rows(known)
                 bar.update()
-                if "out" not in wanted[name]:
-                    made = folder_of(wanted[name], folder)
+                if "out" not in flags:
+                    made = folder_of(flags, folder)
                     shutil.rmtree(made)
                     for suffix in ("json", "log"):
                         Path(f"{made}.{suffix}").unlink(missing_ok=True)
@@ -432,32 +489,42 @@ def make(args):
 
 def rows_of(study, question, row, column, value="loss"):
     """{seed: value} of a cell, as far as it is made."""
-    run = question.table.get(row, {}).get(column)
-    found = ((seed, run and run(seed)) for seed in range(question.seeds))
-    rows = {seed: study.known.get(command(flags)) for seed, flags in found if flags}
-    return {seed: row[value] for seed, row in rows.items() if row and row[value] is not None}
+    values, run = {}, question.table.get(row, {}).get(column)
+    for seed in range(question.seeds if run else 0):
+        flags = run(seed)
+        made = flags and study.known.get(command(flags))
+        if made and made[value] is not None:
+            values[seed] = made[value]
+    return values
 
 
 def columns_of(question):
+    """The columns of all rows, in order."""
     return list(dict.fromkeys(column for row in question.table.values() for column in row))
 
 
+def cell_of(study, question, row, column, value):
+    """A table's cell: mean ± sample standard deviation over the seeds, their number if some are
+    missing, and what is left where that is not what was wanted."""
+    values = rows_of(study, question, row, column, value).values()
+    if not values:
+        return ""
+    text = "{:.4f} ± {:.4f}".format(*mean_std(values))
+    if len(values) < question.seeds:
+        text += f" ({len(values)})"
+    left = fmean(rows_of(study, question, row, column, "left").values())
+    runs = map(question.table[row][column], range(question.seeds))
+    if abs(left - next(filter(None, runs)).get("leftover", 1)) > 0.01:
+        text += f" at {left:.3f}"
+    return text
+
+
 def table_of(study, question, value="loss"):
-    """A question's table in Markdown: mean ± sample standard deviation over the seeds."""
-    lines, columns = [], columns_of(question)
-    lines += [["", *columns], ["---"] * (1 + len(columns))]
+    """A question's table in Markdown."""
+    columns = columns_of(question)
+    lines = [["", *columns], ["---"] * (1 + len(columns))]
     for row in question.table:
-        cells = []
-        for column in columns:
-            values = list(rows_of(study, question, row, column, value).values())
-            left = rows_of(study, question, row, column, "left").values()
-            wanted = question.table[row].get(column, lambda seed: None)(0) or {}
-            text = "{:.4f} ± {:.4f}".format(*mean_std(values)) if values else ""
-            text += f" ({len(values)})" * (0 < len(values) < question.seeds)
-            if values and abs(fmean(left) - wanted.get("leftover", 1)) > 0.01:
-                text += f" at {fmean(left):.3f}"
-            cells.append(text)
-        lines.append([row, *cells])
+        lines.append([row, *(cell_of(study, question, row, column, value) for column in columns)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -496,26 +563,27 @@ def ranks(values):
 
 
 def predictors(rows):
-    """Spearman's rank correlation of each measure with the final loss, in Markdown: over all runs
-    (of one leftover), and over the means of each method."""
+    """Spearman's rank correlation of each measure with the final loss over `rows`, and of how many
+    of them, in Markdown: as measured when all were pruned, and at the end."""
     lines = ["| measure | when pruned | at the end |", "| --- | --- | --- |"]
     for name in ("sensitivity", "uniqueness", "span_uniqueness", "loss"):
         cells = []
         for suffix in ("_pruned", ""):
-            both = [(row[name + suffix], row["loss"]) for row in rows
-                    if row[name + suffix] is not None]
-            known = len(both) > 2 and name + suffix != "loss"
-            cells.append(f"{correlation(*map(ranks, zip(*both))):+.2f} ({len(both)})" if known
-                         else "")
+            found = [row for row in rows if row[name + suffix] is not None]
+            values, losses = ([row[key] for row in found] for key in (name + suffix, "loss"))
+            constant = len({*values}) < 2 or len({*losses}) < 2  # then there is no correlation
+            if constant or len(found) < 3 or name + suffix == "loss":
+                cells.append("")
+            else:
+                cells.append(f"{correlation(ranks(values), ranks(losses)):+.2f} ({len(found)})")
         lines.append(f"| {measure.MEASURES[name]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def curves_of(study, question, rows=None):
+def curves_of(study, question):
     """A panel's curves: the loss of every run by the number in its column's name."""
     return [(row, [float(re.sub("[^0-9.]", "", column)) / (100 if "%" in column else 1)], [loss])
-            for row, columns in question.table.items() if row in (rows or question.table)
-            for column in columns if column != "all"
+            for row, columns in question.table.items() for column in columns if column != "all"
             for loss in rows_of(study, question, row, column).values()]
 
 
@@ -558,29 +626,40 @@ def report(args):
     """Write tables into what-matters.md, between the comments that name them, and draw figures."""
     study, page = Study(read_rows(), args), CSV.with_suffix(".md")
     text, parts, questions = page.read_text(encoding="utf-8"), {}, dict(study.questions())
+
+    def is_made(question, value="loss"):
+        return any(rows_of(study, question, row, column, value)
+                   for row in question.table for column in columns_of(question))
+
+    if not any(map(is_made, questions.values())):
+        raise ValueError(f"no run in {CSV} is of --model {args.model}, made in --out {args.out}")
     for name, question in questions.items():
         tables = [table_of(study, question)] + [
             f"{measure.MEASURES[value]}:\n\n{table_of(study, question, value)}"
-            for value in ("exact_match", "bleu", "rougeL") if any(
-                rows_of(study, question, row, column, value)
-                for row in question.table for column in columns_of(question))]
+            for value in ("exact_match", "bleu", "rougeL") if is_made(question, value)]
         parts[name] = "\n\n".join(filter(None, [
             *tables, differences_of(study, question), commands_of(question)]))
     at_10 = [row for name, row in study.known.items() if re.search(r"--leftover 0\.1\b", name)
              and not re.search(r"--(dataset|distill|seed 99)", name)
              and re.search(r"dense0 .*--steps 400 ", name)]
-    parts["predictors"] = predictors(at_10)
+    if at_10:
+        parts["predictors"] = predictors(at_10)
     draw_figures(study, questions, at_10)
     for name, part in parts.items():
-        text = re.sub(rf"(?s)(<!-- {name} -->\n).*?(<!-- end -->)",
-                      lambda match: f"{match[1]}{part}\n{match[2]}", text)
+        before, comment, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        if end:
+            text = f"{before}{comment}{part}\n{end}{after}"
+        else:
+            print(f"{page} has no place for {name}: <!-- {name} -->, and below it <!-- end -->")
     with whole(page) as file:
         file.write_text(text, encoding="utf-8")
-    print(f"{page}: {', '.join(parts)}")
+    print(f"the tables are in {page}")
 
 
 ABOUT = dict(
-    out=Flag(str, "where to make them", "out/what-matters"),
+    out=Flag(str, "where to make them: part of their commands, so go on with the same",
+             "out/what-matters"),
     model=Flag(str, "tiny, or a Hub's model: then of the paper's own questions", "tiny"),
     dataset=Flag(data.DATASETS, "for a Hub's model", "wikitext"),
     data_path=Flag(str, "for a Hub's model: a copy of the data"),
