@@ -425,7 +425,8 @@ def read(dataset, split, path, config):
             names = datasets.get_dataset_config_names(str(folder))
             config = config or (None if names == ["default"] else usual)
             if config and config not in names:
-                raise ValueError(f"--data-config {config} is none of {', '.join(names)}")
+                raise ValueError(f"its configurations are {', '.join(names)}, without {config}: "
+                                 "name one with --data-config")
             builder = datasets.load_dataset_builder(str(folder), config, cache_dir=kept)
             files = builder.config.data_files.get(split)
             if not files:

@@ -31,11 +31,11 @@ def lr_factor(step, steps):
     return step / warmup if step <= warmup else (steps - step) / (steps - warmup)
 
 
-def cubic(step, steps, until=0.7):
-    """Zhu & Gupta's curve (section 2): 1 during warm-up, 0 after the share `until` of the steps, a
-    falling cubic between. The paper's 0.7 leaves the last three warm-ups."""
+def cubic(step, steps, prune_until=0.7):
+    """Zhu & Gupta's curve (section 2): 1 during warm-up, 0 after the share `prune_until` of the
+    steps, counted in warm-ups as the paper's 0.7 is, the last three; a falling cubic between."""
     warmup = warmup_steps(steps)
-    end = steps - round(10 * (1 - until) * warmup)
+    end = steps - round(10 * (1 - prune_until) * warmup)
     if step <= warmup:
         return 1.0
     if step > end:
@@ -43,9 +43,9 @@ def cubic(step, steps, until=0.7):
     return (1 - (step - warmup) / (end - warmup)) ** 3
 
 
-def v_at(step, steps, leftover, until=0.7):
+def v_at(step, steps, leftover, prune_until=0.7):
     """v_t, the fraction of neurons to keep at `step`: from 1 down to v = `leftover` (section 2)."""
-    return leftover + (1 - leftover) * cubic(step, steps, until)
+    return leftover + (1 - leftover) * cubic(step, steps, prune_until)
 
 
 # Which neurons the scores keep.
@@ -179,7 +179,7 @@ class Pruner(nn.Module):
         if self.method.score is not None:
             measured = self.measured.split(self.widths)
             self.scores.copy_(torch.cat(list(map(self.method.score, self.mlps, measured))))
-        when = dict(step=step, steps=self.steps, until=self.prune_until)
+        when = dict(step=step, steps=self.steps, prune_until=self.prune_until)
         v_t, progress = v_at(leftover=self.leftover, **when), 1 - cubic(**when)
         if v_t == 1 and not (self.method.threshold and progress):  # all stay: nothing to wait for
             for mlp in self.mlps:
@@ -194,7 +194,8 @@ class Pruner(nn.Module):
         else:
             shares = [self.leftover] * len(layers)
             if self.scope != "layer":
-                shares = [int(k) / max(m, 1) for k, m in zip(self.scope.split(","), self.widths)]
+                asked = map(int, self.scope.split(","))
+                shares = [k / max(m, 1) for k, m in zip(asked, self.widths, strict=True)]
             kept = [top_v(S, round(v_at(leftover=v, **when) * len(S)))
                     for S, v in zip(layers, shares)]
         masks = torch.cat(kept).cpu().split(self.widths)  # the step's one wait for the device
@@ -264,7 +265,7 @@ class Pruner(nn.Module):
         if not self.method.learned:
             return
         # The penalty's weight follows the schedule.
-        when = dict(step=step, steps=self.steps, until=self.prune_until)
+        when = dict(step=step, steps=self.steps, prune_until=self.prune_until)
         if self.method.threshold:
             lambda_t = self.lambda_mvp * (1 - cubic(**when))  # tau_t / tau
         else:

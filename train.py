@@ -364,12 +364,12 @@ def run(flags, implied=False):
     if asked and (len(asked) != len(widths) or any(k > m for k, m in zip(asked, widths))):
         raise ValueError(f"--scope {args.scope} does not fit the layers' widths: "
                          f"{','.join(map(str, widths))}")
-    left = asked or [round(args.leftover * m)
-                     for m in ([total] if args.scope == "global" else widths)]
     if asked and 0 < sum(asked) != round(args.leftover * total):
         raise ValueError(f"--scope {args.scope} leaves {sum(asked):,} of {total:,} neurons: add "
                          f"--leftover {sum(asked) / total:.8g}")
-    if not sum(left) and total:
+    kept = asked or [round(args.leftover * m)
+                     for m in ([total] if args.scope == "global" else widths)]
+    if not sum(kept) and total:
         raise ValueError(f"--leftover {args.leftover:g} of {total:,} neurons is none at all")
     if args.batch_size < parts:
         raise ValueError(f"--batch-size {args.batch_size} can't be cut into {parts}, --accumulate "

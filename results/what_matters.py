@@ -13,6 +13,7 @@ Some runs wait for others: for those that choose a learning rate, or for the wid
 import copy
 import csv
 import json
+import math
 import os
 import re
 import shlex
@@ -102,7 +103,8 @@ class Study:
     def dense(self, seed=0):
         """The folder of a dense model: of `tiny` well trained, of a Hub's model fine-tuned. It is
         kept, for other runs start from it or learn from it."""
-        folder = str(self.folder / f"dense{seed}")
+        name = "dense" if self.tiny else f"{Path(self.args.model).name}-dense"
+        folder = str(self.folder / f"{name}{seed}")
         how = dict(steps=DENSE_STEPS) if self.tiny else self.start()
         self.want(how | DENSE | dict(seed=seed, out=folder))
         return folder
@@ -115,22 +117,29 @@ class Study:
                     data_path=self.args.data_path)
 
     def best(self, flags, name, values):
-        """`flags` with that of `values` for a flag with which a run of the seed TUNING ends best
-        (of soft movement among those that leave what they should); None until these are made."""
+        """`flags` with that of `values` for a flag with which a run of the seed TUNING ends best:
+        first of all, as soft movement may not, with what it should leave. None until these runs are
+        made."""
         if flags is None:
             return None
         rows = {value: self.want(flags | {name: value, "seed": TUNING}) for value in values}
         if None in rows.values():
             return None
-        return flags | {name: min(rows, key=lambda value: (
-            rows[value]["left"] > flags.get("leftover", 1) + 0.02, rows[value]["loss"]))}
+
+        def rank(value):
+            too_many = rows[value]["left"] - flags.get("leftover", 1) - 0.02
+            return max(too_many, 0), rows[value]["loss"]
+
+        return flags | {name: min(rows, key=rank)}
 
     def tuned(self, how, leftover=0.1, dense=0, distill=None, teacher=None, **more):
         """The flags of a method: `how`, and the rate, and for soft movement and GUM the lambda,
         that suit it. Leftovers up to 25 % have those of 10 %, others those of 50 %; ends up to 30 %
-        the rate of 30 %, others that of 70 %; longer trainings, other data and other dense models
-        those of STEPS on the usual data from dense0. None as long as they are not known."""
+        the rate of 30 %, others that of 70 %; longer trainings and other dense models those of
+        STEPS from dense0. None as long as they are not known."""
         flags, given = self.start() | how | dict(distill=distill, teacher=teacher), dict(more)
+        if "dataset" in more:
+            flags |= more
         if more.get("steps", STEPS) < STEPS and self.tiny:
             flags["steps"] = more["steps"]
         if how["method"] != "none":
@@ -211,6 +220,7 @@ class Study:
                 "New neurons": {"as GUM": self.as_gum(DENSE | dict(new="neurons"))}},
                 ((("Random", "as GUM"), ("Random", "each layer alike")),
                  (("Top_v", "as GUM"), ("Top_v", "each layer alike")),
+                 (("Magnitude", "as GUM"), ("Magnitude", "each layer alike")),
                  *(((name, "as GUM"), ("GUM", "as GUM"))
                    for name in ("Random", "Magnitude", "Top_v", "New neurons"))))
         yield "when", Question("When the leftover is reached, at 10 %", {
@@ -334,17 +344,20 @@ def make_run(flags, folder):
     words += ["--resume"] * (folder.exists() and read_run(folder).state != "new")
     step, sys.argv = train.fine_prune, ["train.py", *words]
     train.fine_prune = watched(step, pruned)
+    row = dict.fromkeys(COLUMNS) | dict(command=command(flags))
     try:
         with open(log, "a") as file, redirect_stdout(file), redirect_stderr(file):
             train.main()
     except SystemExit as error:
+        if "no longer a finite number" in log.read_text():  # which says that the rate is too high
+            return row | dict(loss=math.inf, left=1.0)
         raise RuntimeError(f"see {log}") from error
     finally:
         train.fine_prune = step
     run = read_run(folder)
     metrics, args = run.metrics, train.resolve(train.parse(words))
-    row = dict.fromkeys(COLUMNS) | dict(
-        command=command(flags), loss=metrics["result"]["val_loss"], left=metrics["leftover"],
+    row |= dict(
+        loss=metrics["result"]["val_loss"], left=metrics["leftover"],
         widths=",".join(map(str, metrics["result"]["widths"])), seconds=metrics["seconds"],
         loss_before=metrics["start"]["val_loss"], data=metrics["data"]["train"]["sha256"][:8])
     if data.DATASETS[args.dataset]["metric"] == "perplexity":
@@ -623,7 +636,8 @@ def label_of(row):
 
 
 def report(args):
-    """Write tables into what-matters.md, between the comments that name them, and draw figures."""
+    """Write tables into what-matters.md, between the comments that name them, and draw figures; of
+    a Hub's model print the tables."""
     study, page = Study(read_rows(), args), CSV.with_suffix(".md")
     text, parts, questions = page.read_text(encoding="utf-8"), {}, dict(study.questions())
 
@@ -634,16 +648,20 @@ def report(args):
     if not any(map(is_made, questions.values())):
         raise ValueError(f"no run in {CSV} is of --model {args.model}, made in --out {args.out}")
     for name, question in questions.items():
-        tables = [table_of(study, question)] + [
+        tables = [f"**{question.title}**, validation loss (nats/token)",
+                  table_of(study, question)] + [
             f"{measure.MEASURES[value]}:\n\n{table_of(study, question, value)}"
             for value in ("exact_match", "bleu", "rougeL") if is_made(question, value)]
         parts[name] = "\n\n".join(filter(None, [
             *tables, differences_of(study, question), commands_of(question)]))
     at_10 = [row for name, row in study.known.items() if re.search(r"--leftover 0\.1\b", name)
-             and not re.search(r"--(dataset|distill|seed 99)", name)
+             and not re.search(r"--(dataset|distill|seed 99|prune-until)", name)
              and re.search(r"dense0 .*--steps 400 ", name)]
     if at_10:
         parts["predictors"] = predictors(at_10)
+    if not study.tiny:  # whose page that is
+        print(*parts.values(), sep="\n\n")
+        return
     draw_figures(study, questions, at_10)
     for name, part in parts.items():
         before, comment, rest = text.partition(f"<!-- {name} -->\n")

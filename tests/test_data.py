@@ -582,9 +582,9 @@ MEANINGS = jsonl(*(dict(meaning_representation=n * "a", human_reference="de") fo
     case("HERE + validation split + holds no rows", "samsum", {
         "validation.csv": b"dialogue,summary\n"}),
     case("HERE + validation split + holds no rows", "wikisql", {"dev.jsonl": b""} | ONE_TABLE),
-    case("--data-config wikitext-103-v1 is none of small", "wikitext",
+    case("its configurations are small, without wikitext-103-v1", "wikitext",
          {"README.md": README, "it.txt": b"text"}),
-    case("--data-config cleaned is none of default", "e2e", {"validation.jsonl": MEANINGS},
+    case("its configurations are default, without cleaned", "e2e", {"validation.jsonl": MEANINGS},
          config="cleaned"),
     case("dialogue + summary + a.b", "samsum", {"validation.jsonl": b'{"a": {"b": 1}}'}),
     case("dev.jsonl", "wikisql", ONE_TABLE),

@@ -466,6 +466,11 @@ def test_exactly_its_share_of_every_layer_or_of_the_network_is_kept(scope, tied,
         assert widths == [round(v_t * m) for m in WIDTHS] or scope == "global"
 
 
+def test_a_scope_needs_a_width_for_each_layer():
+    with pytest.raises(ValueError):
+        Pruner(make_model(), "topv", 0.25, 10, scope="9,3").select(10)
+
+
 def test_the_papers_settings_are_the_defaults():
     paper = {method: dict(scope="layer", lambda_mvp=2.0, lambda_gum=0.0, lambda_sim=0.99, tau=0.1,
                           prune_until=0.7)

@@ -133,6 +133,31 @@ def test_what_fails_is_told_and_all_else_is_made(made, monkeypatch, capsys):
     assert any(flags["method"] == "magnitude" and "scope" in flags for flags in made)
 
 
+def test_a_row_of_other_data_is_refused_and_none_is_lost(made, monkeypatch):
+    make(only="^memory$")
+    before, make_run = study.read_rows(), study.make_run
+    monkeypatch.setattr(study, "make_run", lambda *how: make_run(*how) | dict(data="1" * 8))
+    with pytest.raises(ValueError, match="stdlib is other data here"):
+        make(only="^uniqueness$")
+    assert study.read_rows() == before
+
+
+@pytest.mark.parametrize("only, says", [("wheer", "matches none of where, when"),
+                                        ("(", "no regular expression")])
+def test_a_question_that_is_none_is_told(only, says, made):
+    with pytest.raises(ValueError, match=says):
+        make(only=only)
+    assert not made
+
+
+def test_a_rate_with_which_the_loss_is_no_number_is_not_chosen():
+    save_small("small")
+    words = f"{SMALL} --method topv --leftover 0.25 --steps 20 --lr 1e12"
+    flags = {name: value for name, value in vars(train.parse(words.split())).items()
+             if value is not None}
+    assert study.make_run(flags, Path("made"))["loss"] == math.inf
+
+
 def test_a_commands_defaults_are_left_out_so_that_no_run_has_two():
     gum = dict(method="gum", seed=0, lambda_gum=10.0, scope="global", prune_until=0.7, distill=None)
     assert study.command(gum) == "python train.py --method gum"
