@@ -320,8 +320,8 @@ def styles_of(runs):
 
 def draw(path, panels, styles, formats=("png", "pdf"), dpi=200, bands=False):
     """A figure of `panels` {(title, x label, y label): [(curve, xs, ys) of each run]}. Points are
-    means over a curve's runs, bars, or `bands`, sample standard deviations. Panels of the same
-    quantities share their axes."""
+    means over a curve's runs, bars, or `bands`, sample standard deviations; of a curve without a
+    line, all its runs. Panels of the same quantities share their axes."""
     import matplotlib
     from matplotlib.figure import Figure  # without pyplot, which would look for a screen
 
@@ -345,6 +345,10 @@ def draw(path, panels, styles, formats=("png", "pdf"), dpi=200, bands=False):
                 if y is not None:
                     points.setdefault(curve, {}).setdefault(x, []).append(y)
         for curve, ys in points.items():
+            if styles[curve].get("ls") == "":
+                pairs = [(x, y) for x in ys for y in ys[x]]
+                handles[curve], = ax.plot(*zip(*pairs), **dict(mfc="none") | styles[curve])
+                continue
             xs = sorted(ys)
             means, stds = zip(*(mean_std(ys[x]) for x in xs))
             crowded = dict(marker="", elinewidth=0.5, capsize=0) if len(xs) > 12 else {}

@@ -605,7 +605,8 @@ def draw_figures(study, questions, at_10):
     loss, styles = "validation loss (nats/token)", {}
     for name, how in METHODS.items():
         color, marker = look(how["method"])
-        styles[name] = dict(color=color, marker=marker, ls="--" if how == GLOBAL else "-")
+        styles[name] = dict(color=color, marker=marker)
+    styles["Global Top_v"] |= dict(ls="--", mfc=styles["Top_v"]["color"])
     styles |= {"each layer": styles["Top_v"], "all layers": styles["Global Top_v"]}
     shown = {("by leftover", "leftover wanted (share of neurons)"): "methods",
              ("by end of pruning, 10 % left", "share of the steps"): "when",
@@ -614,7 +615,9 @@ def draw_figures(study, questions, at_10):
     for name, panels in figures.items():
         panels = {(*title, loss): curves_of(study, questions[question])
                   for title, question in panels.items() if question in questions}
-        if any(panels.values()):
+        panels = {title: curves for title, curves in panels.items()
+                  if len({x for _, (x,), _ in curves}) > 1}  # else there is no curve yet
+        if panels:
             draw(CSV.with_name(name), panels, styles, ["png"], 150, bands=True)
     # A point for each run, in its method's colour.
     points = {name: style | dict(ls="") for name, style in styles.items()}
@@ -659,6 +662,10 @@ def report(args):
              and re.search(r"dense0 .*--steps 400 ", name)]
     if at_10:
         parts["predictors"] = predictors(at_10)
+    if "where" in questions:
+        parts["measures"] = "\n\n".join(
+            f"{measure.MEASURES[value]}:\n\n{table_of(study, questions['where'], value)}"
+            for value in ("sensitivity", "uniqueness", "span_uniqueness"))
     if not study.tiny:  # whose page that is
         print(*parts.values(), sep="\n\n")
         return
