@@ -46,7 +46,7 @@ from results.export import command_of
 from results.runs import load_model, locked, read_run
 
 CSV = Path(__file__).with_name("what-matters.csv")
-COLUMNS = ("command", "loss", "left", "widths", "sensitivity", "uniqueness", "span_uniqueness",
+COLUMNS = ("command", "loss", "leftover", "widths", "sensitivity", "uniqueness", "span_uniqueness",
            "loss_pruned", "sensitivity_pruned", "uniqueness_pruned", "span_uniqueness_pruned",
            "exact_match", "bleu", "rougeL", "loss_before", "seconds", "data")
 SEEDS, TUNING = 5, 99  # how many a table has, and the one that chooses learning rates
@@ -127,7 +127,7 @@ class Study:
             return None
 
         def rank(value):
-            too_many = rows[value]["left"] - flags.get("leftover", 1) - 0.02
+            too_many = rows[value]["leftover"] - flags.get("leftover", 1) - 0.02
             return max(too_many, 0), rows[value]["loss"]
 
         return flags | {name: min(rows, key=rank)}
@@ -167,23 +167,17 @@ class Study:
         gum, how = self.tuned(GUM), dict(how)
         new = how.pop("new", None)
 
-        def with_widths(seed, **rate):
+        def with_widths(seed, lr=None):
             row = gum and self.want(gum | dict(seed=seed))
             if not row:
                 return None
             its = dict(leftover=0.1, scope=row["widths"])
             if new:
                 its = dict(model=str(self.folder / f"{new}-{row['widths']}-seed{seed}"))
-            return self.start() | its | rate | how | dict(seed=seed)
+            return self.start() | its | how | dict(seed=seed, lr=lr)
 
-        if "lr" in how:
-            return with_widths
-        rows = {lr: with_widths(TUNING, lr=lr) for lr in self.lrs}
-        rows = {lr: flags and self.want(flags) for lr, flags in rows.items()}
-        if None in rows.values():
-            return lambda seed: None
-        best = min(rows, key=lambda lr: rows[lr]["loss"])
-        return lambda seed: with_widths(seed, lr=best)
+        tuned = how if "lr" in how else self.best(with_widths(TUNING), "lr", self.lrs)
+        return lambda seed: tuned and with_widths(seed, tuned["lr"])
 
     def questions(self):
         """Yields each question's name and itself, in the order in which they are made."""
@@ -259,20 +253,20 @@ class Study:
                 yield name, transfer(name, steps)
 
 
-def read_rows(file=CSV):
+def read_rows():
     """{command: row} of what is made. Numbers are numbers, what a run lacks is None."""
-    if not file.exists():
+    if not CSV.exists():
         return {}
-    with open(file, newline="") as lines:
+    with open(CSV, newline="") as lines:
         rows = list(csv.DictReader(lines))
     texts = "command", "widths", "data"
     return {row["command"]: {name: value if name in texts else float(value) if value else None
                              for name, value in row.items()} for row in rows}
 
 
-def write_rows(rows, file=CSV):
+def write_rows(rows):
     """Write what `read_rows` reads."""
-    with whole(file) as beside, open(beside, "w", newline="") as lines:
+    with whole(CSV) as beside, open(beside, "w", newline="") as lines:
         writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows.values())
@@ -350,14 +344,14 @@ def make_run(flags, folder):
             train.main()
     except SystemExit as error:
         if "no longer a finite number" in log.read_text():  # which says that the rate is too high
-            return row | dict(loss=math.inf, left=1.0)
+            return row | dict(loss=math.inf, leftover=1.0)
         raise RuntimeError(f"see {log}") from error
     finally:
         train.fine_prune = step
     run = read_run(folder)
     metrics, args = run.metrics, train.resolve(train.parse(words))
     row |= dict(
-        loss=metrics["result"]["val_loss"], left=metrics["leftover"],
+        loss=metrics["result"]["val_loss"], leftover=metrics["leftover"],
         widths=",".join(map(str, metrics["result"]["widths"])), seconds=metrics["seconds"],
         loss_before=metrics["start"]["val_loss"], data=metrics["data"]["train"]["sha256"][:8])
     if data.DATASETS[args.dataset]["metric"] == "perplexity":
@@ -525,7 +519,7 @@ def cell_of(study, question, row, column, value):
     text = "{:.4f} ± {:.4f}".format(*mean_std(values))
     if len(values) < question.seeds:
         text += f" ({len(values)})"
-    left = fmean(rows_of(study, question, row, column, "left").values())
+    left = fmean(rows_of(study, question, row, column, "leftover").values())
     runs = map(question.table[row][column], range(question.seeds))
     if abs(left - next(filter(None, runs)).get("leftover", 1)) > 0.01:
         text += f" at {left:.3f}"

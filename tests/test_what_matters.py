@@ -60,7 +60,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 @pytest.fixture
 def made(monkeypatch):
     """The flags of all runs, in the order in which they were made, none of them really."""
-    flags_of_all, file = [], Path("what-matters.csv")
+    flags_of_all = []
 
     def make_run(flags, folder):
         assert flags not in flags_of_all
@@ -74,14 +74,13 @@ def made(monkeypatch):
             raise RuntimeError("see its log")
         left = flags.get("leftover", 1.0) + 0.2 * (flags.get("lambda_mvp") == 2.0)
         return dict.fromkeys(study.COLUMNS) | dict(
-            command=study.command(flags), loss=loss_of(flags), left=left, seconds=1.0,
+            command=study.command(flags), loss=loss_of(flags), leftover=left, seconds=1.0,
             widths="100,50,30,25", data="0" * 8)
 
     monkeypatch.setattr(study, "make_run", make_run)
     monkeypatch.setattr(study, "new_model", lambda path: path.mkdir())
     monkeypatch.setattr(study, "ProcessPoolExecutor", AtOnce)
-    monkeypatch.setattr(study.read_rows, "__defaults__", (file,))
-    monkeypatch.setattr(study.write_rows, "__defaults__", (file,))
+    monkeypatch.setattr(study, "CSV", Path("what-matters.csv"))
     return flags_of_all
 
 
@@ -180,7 +179,7 @@ def test_a_row_has_what_its_command_gives_and_what_was_left_when_pruning_ended()
     metrics, model = read_run("made").metrics, GPT.from_pretrained("made")
     own = train.run(train.parse([*words.split(), "--out", "own"]))
     assert row["loss"] == metrics["result"]["val_loss"] == own["result"]["val_loss"]
-    assert row["widths"] == ",".join(map(str, model.config.mlp_widths)) and row["left"] == 0.25
+    assert row["widths"] == ",".join(map(str, model.config.mlp_widths)) and row["leftover"] == 0.25
     # v is reached in the last step, whose learning rate is 0: so all measures are the final ones'.
     examples = data.load("stdlib", "train", 257, metrics["block_size"])
     sensitivity, Cs, tokens = measure.activation_statistics(model, examples, first=512)
@@ -214,7 +213,7 @@ def told(values, pairs=()):
             name = f"{row}/{column}"
             for seed, loss in enumerate(losses):
                 flags = dict(method="gum", leftover=0.1, teacher=name, seed=seed)
-                known[study.command(flags)] = dict(loss=loss, left=0.1)
+                known[study.command(flags)] = dict(loss=loss, leftover=0.1)
             table.setdefault(row, {})[column] = lambda seed, name=name: dict(
                 method="gum", leftover=0.1, teacher=name, seed=seed)
     return study.Study(known, ARGS), study.Question("?", table, pairs)
@@ -222,7 +221,7 @@ def told(values, pairs=()):
 
 def test_a_table_has_means_and_spreads_and_says_what_is_missing_and_what_was_left():
     one = told({"GUM": {"10%": [1.5, 1.6, 1.7, 1.8, 1.9], "50%": [1.0]}, "Top_v": {"10%": [2, 4]}})
-    one[0].known[next(name for name in one[0].known if "Top_v" in name)]["left"] = 0.5
+    one[0].known[next(name for name in one[0].known if "Top_v" in name)]["leftover"] = 0.5
     assert study.table_of(*one) == (
         "|  | 10% | 50% |\n| --- | --- | --- |\n"
         "| GUM | 1.7000 ± 0.1581 | 1.0000 ± 0.0000 (1) |\n"
@@ -255,7 +254,6 @@ def test_the_page_has_the_tables_that_its_rows_give(monkeypatch):
     for file in (study.CSV, study.CSV.with_suffix(".md")):
         shutil.copy(file, file.name)
     before = Path("what-matters.md").read_bytes()
-    monkeypatch.setattr(study.read_rows, "__defaults__", (Path("what-matters.csv"),))
     monkeypatch.setattr(study, "CSV", Path("what-matters.csv"))
     monkeypatch.setattr("sys.argv", ["what_matters", "report"])
     study.main()
