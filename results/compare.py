@@ -353,10 +353,11 @@ def draw(path, panels, styles, formats=("png", "pdf"), dpi=200, bands=False):
             means, stds = zip(*(mean_std(ys[x]) for x in xs))
             crowded = dict(marker="", elinewidth=0.5, capsize=0) if len(xs) > 12 else {}
             style = dict(capsize=2, mfc="none") | styles[curve] | crowded
-            if bands:
+            banded = bands and len(xs) > 1  # a single point has no area
+            if banded:
                 low, high = ([y + sign * std for y, std in zip(means, stds)] for sign in (-1, 1))
                 ax.fill_between(xs, low, high, color=style["color"], alpha=0.2, lw=0)
-            bars = stds if any(stds) and not bands else None
+            bars = stds if any(stds) and not banded else None
             handles[curve] = ax.errorbar(xs, means, bars, **style)
     for (_, y_label), ax in peers.items():
         if y_label.startswith("share"):  # bars may reach beyond what a share can be
