@@ -431,6 +431,10 @@ def read(dataset, split, path, config):
             files = builder.config.data_files.get(split)
             if not files:
                 raise ValueError(f"it has only {', '.join(map(str, builder.config.data_files))}")
+            folders = sorted({os.path.relpath(Path(file).parent, folder) for file in files})
+            if names == ["default"] and len(folders) > 1:
+                raise ValueError(f"it has no README.md that says which of {', '.join(folders)} is "
+                                 "meant: give --data-path one of them")
         rows = parsed(builder, split, files, columns)
 
     def known():

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from model import whole
+from model import read_config, whole
 from prune import similarity
 from results.cli import ABOVE_0, AT_LEAST_0, DEVICE, Flag
 from results.runs import check_data, dense_run, load_model, read_model, write_json
@@ -194,6 +194,10 @@ def evaluate(args):
         on, dense, base, full = On(*map(known.get, On._fields)), dense_run(run, args.dense), {}, ()
         if not on.dataset:
             raise ValueError(f"{run.path} does not say what to measure it on: add --dataset")
+        vocab_sizes = [read_config(one.path).vocab_size for one in (run, dense or run)]
+        if vocab_sizes[0] != vocab_sizes[1]:
+            raise ValueError(f"{dense.path} is no dense model of {run.path}: its vocabulary has "
+                             f"{vocab_sizes[1]:,} tokens, not {vocab_sizes[0]:,}")
         values, counts, widths, texts, about = measure(run.path.absolute(), args.device, on)
         if run.metrics and not args.dataset:
             check_data(about, {split: run.metrics["data"][split] for split in about}, run.path,

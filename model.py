@@ -355,6 +355,8 @@ def read_config(folder):
         raise FileNotFoundError(f"{folder} holds no model: there is no config.json in it")
     try:
         hf = json.loads(path.read_text())
+        if not isinstance(hf, dict):
+            raise ValueError("it is no JSON object")
         for key, known in KNOWN.items():
             if hf.get(key, known[0]) not in known:
                 raise ValueError(f"{key} is {hf[key]!r}; known: {', '.join(map(str, known))}")

@@ -130,7 +130,7 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
     if PROCESSES > 1:
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if PROCESS == 0:
-        cut_log(folder / "log.jsonl", progress.log)
+        progress.log = cut_log(folder / "log.jsonl", progress.log)
     evaluations = range(eval_every, steps, eval_every)
     say(f"{steps:,} steps of {args.batch_size} x {train_data.block_size} tokens at most; evaluated "
         f"{len(evaluations)} times on {2048 * eval_batches:,}, at the end on all validation data")
@@ -246,12 +246,17 @@ def restore(file, progress, parts, origin):
 
 def cut_log(path, known):
     """Drop what was logged after the checkpoint was written, when the log was `known`: it will come
-    again. Raises ValueError if that part is not as it was."""
+    again. If it is gone, the curves begin here. ValueError if it is not as it was. Returns by what
+    the log is known now."""
     content = path.read_bytes() if path.exists() else b""
-    if runs.log_state(content[: known[0]]) != known:
-        raise ValueError(f"{path} is damaged: remove {path.parent} and start over")
+    if known[0] and not path.exists():
+        say(f"{path} is gone: the curves begin where the run goes on")
+    elif runs.log_state(content[: known[0]]) != known:
+        raise ValueError(f"{path} is damaged: put it back as it was, or remove it and go on "
+                         "without the curves so far")
     with whole(path) as beside:
         beside.write_bytes(content[: known[0]])
+    return runs.log_state(content[: known[0]])
 
 
 def log(folder, progress, record, bar):
@@ -364,7 +369,9 @@ def run(flags, implied=False):
     if asked and (len(asked) != len(widths) or any(k > m for k, m in zip(asked, widths))):
         raise ValueError(f"--scope {args.scope} does not fit the layers' widths: "
                          f"{','.join(map(str, widths))}")
-    if asked and 0 < sum(asked) != round(args.leftover * total):
+    if asked and not sum(asked):
+        raise ValueError(f"--scope {args.scope} leaves no neuron at all")
+    if asked and sum(asked) != round(args.leftover * total):
         raise ValueError(f"--scope {args.scope} leaves {sum(asked):,} of {total:,} neurons: add "
                          f"--leftover {sum(asked) / total:.8g}")
     kept = asked or [round(args.leftover * m)

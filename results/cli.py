@@ -100,6 +100,10 @@ def parse(parser, groups, words):
         value = getattr(args, name)
         if value == "":
             parser.error(f"{flag_of(name)} is empty")
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:  # the run could not be told in its files
+            parser.error(f"{flag_of(name)} {value!r} is no text in UTF-8")
         if flag.within and value is not None and not RANGES[flag.within](value):
             parser.error(f"{flag_of(name)} {value} is out of range: it must be {flag.within}")
     import torch

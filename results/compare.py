@@ -46,8 +46,11 @@ def read_runs(folders):
             raise ValueError(f"{run.path} is by {run.method}, which is no method of prune.py")
         if run.measures.get("model", run.metrics["model"]) != run.metrics["model"]:
             raise ValueError(f"{run.path}/measure.json is of another run: measure this one")
+        check_measured(run)
         run.group = run.settings["dataset"], Path(run.settings["model"]).name
         run.settings["data"] = run.metrics["data"]["train"]["sha256"][:8]
+        run.settings |= {name: value for name, value in run.measures.get("on", {}).items()
+                         if name in ("split", "examples", "generate", "beams")}
         run.values = run.measures.get("values") or dict(
             perplexity=run.metrics["result"]["val_perplexity"], leftover=run.metrics["leftover"])
         same = next((one for one in runs if one is not run and one.settings == run.settings), None)
@@ -57,10 +60,22 @@ def read_runs(folders):
         alike = [other.settings for other in runs if (other.group, other.method, other.distill)
                  == (run.group, run.method, run.distill)]
         own = [f"{name} {value}" for name, value in run.settings.items() if name not in NO_ROW
-               and any(settings.get(name) != value for settings in alike)]
+               and any(settings.get(name, value) != value for settings in alike)]
         run.label = ", ".join([METHODS[run.method].name, *own])
         groups.setdefault(run.group, []).append(run)
     return groups
+
+
+def check_measured(run):
+    """ValueError if a run's measure.json is of other texts than those that it was evaluated on."""
+    if not run.measures:
+        return
+    block_sizes = run.measures["on"]["block_size"], run.metrics["block_size"]
+    there, own = (of["data"]["validation"] for of in (run.measures, run.metrics))
+    if there["sha256"] != own["sha256"] or block_sizes[0] not in (None, block_sizes[1]):
+        raise ValueError(f"{run.path}/measure.json is of {there['source']}, {block_sizes[0]} tokens"
+                         f" a sequence, not of the run's own data, {own['source']}, "
+                         f"{block_sizes[1]}: measure it on those, python measure.py {run.path}")
 
 
 def require(runs, name):

@@ -25,14 +25,16 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from functools import cache
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from statistics import correlation, fmean
 from tempfile import TemporaryDirectory
+from threading import Thread
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+from filelock import FileLock
 
 import data
 import measure
@@ -257,11 +259,15 @@ def read_rows():
     """{command: row} of what is made. Numbers are numbers, what a run lacks is None."""
     if not CSV.exists():
         return {}
-    with open(CSV, newline="") as lines:
-        rows = list(csv.DictReader(lines))
     texts = "command", "widths", "data"
-    return {row["command"]: {name: value if name in texts else float(value) if value else None
-                             for name, value in row.items()} for row in rows}
+    try:
+        with open(CSV, newline="") as lines:
+            return {row["command"]: {
+                name: row[name] if name in texts else float(row[name]) if row[name] else None
+                for name in COLUMNS} for row in csv.DictReader(lines)}
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise ValueError(f"{CSV} is damaged, or of another version: put it back, or move it away "
+                         "to begin anew") from error
 
 
 def write_rows(rows):
@@ -323,9 +329,16 @@ def watched(fine_prune, file):
     return step_and_measure
 
 
-def share_data():
+def end_with_parent():
+    """What `kill -9` has ended goes on elsewhere: this process would be in its way."""
+    parent_process().join()
+    os._exit(1)
+
+
+def begin_process():
     """Let all runs of a process share their data: to read them takes as long as 30 steps."""
     data.load = cache(data.load)
+    Thread(target=end_with_parent, daemon=True).start()
 
 
 def make_run(flags, folder):
@@ -446,18 +459,26 @@ def stopping():
 
 def make(args):
     """Make all runs that are not made yet, several at a time."""
+    for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C; Windows lacks the second
+        one = getattr(signal, name, None)
+        if one and signal.getsignal(one) == signal.SIG_DFL:  # nohup ignores it
+            signal.signal(one, signal.default_int_handler)
     known, folder, running, failed = read_rows(), Path(args.out), {}, {}
     if args.only:
         check_only(args)
+    for path in filter(None, (args.data, args.data_path)):
+        if not Path(path).is_dir():
+            raise ValueError(f"{path} is no folder with data")
     if args.list:
-        for name in wanted_by(args, known):
-            print(name)
+        for name, flags in wanted_by(args, known).items():
+            path = flags.get("data_path")
+            print(name + f" --data-path {shlex.quote(path or '')}" * bool(path))
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     folder.mkdir(parents=True, exist_ok=True)
     processes = args.processes or (1 if torch.cuda.is_available() else os.cpu_count())
     with (locked(folder, wait=False), data.bar("what matters", unit="run", leave=True) as bar,
-          ProcessPoolExecutor(processes, get_context("spawn"), share_data) as pool, stopping()):
+          ProcessPoolExecutor(processes, get_context("spawn"), begin_process) as pool, stopping()):
         while True:
             wanted = wanted_by(args, known)
             bar.total = bar.n + len(wanted)
@@ -475,10 +496,11 @@ def make(args):
                 if error:
                     failed[name] = error
                     continue
-                known |= read_rows()  # those that are made elsewhere meanwhile
-                check_hash(future.result(), known)
-                known[name] = future.result()
-                write_rows(known)
+                with FileLock(CSV.with_suffix(".lock")):
+                    known |= read_rows()  # those that are made elsewhere meanwhile
+                    check_hash(future.result(), known)
+                    known[name] = future.result()
+                    write_rows(known)
                 bar.update()
                 if "out" not in flags:
                     made = folder_of(flags, folder)

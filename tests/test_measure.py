@@ -318,6 +318,32 @@ def test_a_folder_with_only_a_model_is_measured(kind, capsys):
     assert found["values"]["sensitivity"] == 0 and found["ratios"]["perplexity"] == 1
 
 
+def test_a_run_measured_on_other_texts_is_in_no_table_of_its_own(capsys):
+    save("small")
+    run("--method", "topv", "--out", "run")
+    for words in ("--dataset", "toysql"), ("--block-size", 32):
+        evaluate("run", *words)
+        with pytest.raises(SystemExit):
+            main("table", "run")
+        line = capsys.readouterr().err.strip().rpartition("\n")[2]
+        assert "run/measure.json is of " in line and line.endswith("python measure.py run")
+    evaluate("run")
+    assert "| Top_v |" in table_of(capsys, "run")
+    run("--method", "topv", "--out", "more", "--seed", "1")
+    main("more", "--examples", 4, "--device", "cpu")  # of which 8 were measured there
+    assert "| Top_v, examples 4 |" in table_of(capsys, "run", "more")
+
+
+def test_a_dense_model_with_another_vocabulary_is_refused(capsys):
+    save("small")
+    run("--method", "topv", "--out", "run")
+    GPT(GPTConfig(50257, 128, 16, 2, 2)).save_pretrained("other")
+    with pytest.raises(SystemExit):
+        main("run", "--dense", "other", "--device", "cpu", "--examples", 4)
+    assert "other is no dense model of run" in capsys.readouterr().err
+    assert not Path("run/measure.json").exists()
+
+
 @pytest.mark.parametrize("dataset,columns", [
     ("samsum", ("dialogue", "summary")), ("e2e", ("meaning_representation", "human_reference"))])
 def test_texts_are_scored_and_read_back_as_e2e_metrics_reads_them(dataset, columns):
@@ -355,13 +381,15 @@ def fake(folder, method, leftover=0.5, seed=0, distill=False, value=None, real=N
     files = dict(metrics=dict(
         settings=settings, log=runs.log_state(log.read_bytes()), model=seed, started=seed,
         data={split: dict(sha256=settings["dataset"] + split) for split in ("train", "validation")},
+        block_size=64,
         start=dict(widths=[20, 20]), result=dict(val_perplexity=5.0 + seed),
         leftover=real or leftover, leftover_per_layer=[leftover] * 2))
     if value is not None:
         values = dict(exact_match=value, perplexity=3.0, loss=1 - value, sensitivity=value,
                       uniqueness=0.9, span_uniqueness=None, leftover=leftover)
         counts = [[0] * 5 + [width] + [0] * 4 for width in widths]
-        files["measure"] = dict(model=seed, values=values, ratios=values, counts=counts)
+        files["measure"] = dict(model=seed, values=values, ratios=values, counts=counts,
+                                data=files["metrics"]["data"], on=dict(block_size=64))
     for name, content in files.items():
         runs.write_json(Path(folder, f"{name}.json"), content)
 

@@ -16,14 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 from test_measure import fake, main
-from test_train import (SMALL, STEP, assert_fails, assert_same_run, contents, hook, killed_run,
-                        load_once, program, run, save_small)
+from test_train import (SMALL, STEP, assert_fails, assert_same_run, assert_same_weights, contents,
+                        hook, killed_run, load_once, program, run, save_small)
 
 import data
 import measure
 import train
 from model import GPT
 from results import runs
+from results.compare import draw_training
 
 ROOT = Path(__file__).parents[1]
 FLAGS = "--method topv --out run"
@@ -235,14 +236,29 @@ def test_a_model_that_is_not_as_it_was_written_is_named(file, capsys):
     assert runs.load_model("run")
 
 
-@pytest.mark.parametrize("damage", [other_digit, lambda log: log[:-50], lambda log: b"", None])
+@pytest.mark.parametrize("damage", [other_digit, lambda log: log[:-50], lambda log: b""])
 def test_a_log_that_is_not_as_the_checkpoint_knows_it_is_named(damage, capsys):
     killed_run("after training", FLAGS)
     log = Path("run/log.jsonl")
-    log.write_bytes(damage(log.read_bytes())) if damage else log.unlink()
+    log.write_bytes(damage(log.read_bytes()))
     before = contents("run")
-    assert_fails(capsys, f"{SMALL} {FLAGS} --resume", "run/log.jsonl is damaged|remove run")
+    assert_fails(capsys, f"{SMALL} {FLAGS} --resume", "run/log.jsonl is damaged|put it back|remove")
     assert contents("run") == before
+
+
+@pytest.mark.parametrize("when", ["in the middle of a step", "after training"])
+def test_without_its_log_a_run_goes_on_to_the_same_model_and_says_so(when, capsys):
+    run("--method topv --out whole")
+    killed_run(when, FLAGS)
+    Path("run/log.jsonl").unlink()
+    run(f"{FLAGS} --resume")
+    assert "run/log.jsonl is gone: the curves begin where" in capsys.readouterr().err
+    assert_same_weights("whole", "run")
+    lines = Path("whole/log.jsonl").read_text().splitlines()
+    left = Path("run/log.jsonl").read_text().splitlines()
+    assert len(left) < len(lines)
+    draw_training("run", runs.read_run("run").metrics)  # which has noted this log
+    assert Path("run/training.png").stat().st_size > 1000
 
 
 def test_what_was_logged_after_the_checkpoint_comes_again():

@@ -569,7 +569,8 @@ def test_a_folder_that_can_t_be_made_is_told_before_data_are_read(out, capsys, m
     ("--model small --scope 9,9,9", "does not fit the layers' widths: 64,64"),
     ("--model small --scope 65,9", "does not fit"),
     ("--model small --scope 30,2 --leftover 0.5", "leaves 32 of 128 neurons: add --leftover 0.25"),
-    ("--model small --scope 0,0", "--leftover 0.25 of 128 neurons is none"),
+    ("--model small --scope 0,0", "--scope 0,0 leaves no neuron at all"),
+    ("--out \udcff", "--out|UTF-8"),
     ("--prune-until 0", "in (0, 1]"),
     ("--method none --prune-until 0.3", "--prune-until means nothing with --method none"),
     ("--teacher small", "--teacher|--distill"),
@@ -658,7 +659,7 @@ def test_an_interrupted_run_is_not_overwritten_and_a_damaged_file_in_it_is_named
         path = Path("run", file)
         before = path.read_bytes() if path.exists() else None
         path.write_text(content)
-        assert_fails(capsys, f"{again} --resume", f"{file}|damaged|remove run")
+        assert_fails(capsys, f"{again} --resume", f"{file}|damaged|remove ")
         path.unlink() if before is None else path.write_bytes(before)
     run("--out run --resume")
 

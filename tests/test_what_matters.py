@@ -1,8 +1,13 @@
 """The study: which runs it takes and in which order, that none is made twice, and what it says."""
 
 import math
+import os
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +23,7 @@ import train
 from model import GPT
 from results.runs import read_run
 
+ROOT = Path(__file__).parents[1]
 ARGS = SimpleNamespace(out="out", model="tiny", dataset="wikitext", data_path=None, data=None,
                        only=None, list=None, processes=60)
 
@@ -139,6 +145,94 @@ def test_a_row_of_other_data_is_refused_and_none_is_lost(made, monkeypatch):
     with pytest.raises(ValueError, match="stdlib is other data here"):
         make(only="^uniqueness$")
     assert study.read_rows() == before
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b"command,loss\na,b\n", b"command,loss\na,1\n"])
+def test_rows_that_are_no_longer_what_was_written_are_told(damage, made):
+    study.CSV.write_bytes(damage)
+    with pytest.raises(ValueError, match="what-matters.csv is damaged"):
+        make()
+    assert study.CSV.read_bytes() == damage and not made
+
+
+def test_rows_that_another_study_makes_meanwhile_are_kept(made, monkeypatch):
+    make_run = study.make_run
+
+    def make_two(flags, folder):
+        other = make_run(flags, folder) | dict(command=f"{study.command(flags)} --tau 1.0")
+        study.write_rows(study.read_rows() | {other["command"]: other})
+        return other | dict(command=study.command(flags))
+
+    monkeypatch.setattr(study, "make_run", make_two)
+    make(only="^memory$")
+    assert sum("--tau 1.0" in name for name in study.read_rows()) == len(made)
+
+
+def test_a_listed_command_names_its_data_and_data_that_are_missing_are_told(made, capsys):
+    with pytest.raises(ValueError, match="hub is no folder"):
+        make(list=True, data="hub")
+    Path("hub").mkdir()
+    make(only="^memory$")  # and with it the dense model
+    capsys.readouterr()
+    make(list=True, only="^e2e$", data="hub")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines and all(line.endswith(" --data-path hub/tuetschek/e2e_nlg") for line in lines)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_what_ends_a_job_ends_it_as_ctrl_c_does(name, made, monkeypatch):
+    if not hasattr(signal, name):
+        pytest.skip("not on Windows")
+    one, make_run = getattr(signal, name), study.make_run
+    before = signal.signal(one, signal.SIG_DFL)
+
+    def told_to_end(flags, folder):
+        os.kill(os.getpid(), one)
+        return make_run(flags, folder)
+
+    monkeypatch.setattr(study, "make_run", told_to_end)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            make()
+    finally:
+        signal.signal(one, before)
+    assert not made
+
+
+POOL = """import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import active_children, get_context
+from results.what_matters import begin_process
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, get_context("spawn"), begin_process) as pool:
+        pool.submit(time.sleep, 0).result()
+        pool.submit(time.sleep, 1000)
+        print(*(process.pid for process in active_children()), flush=True)
+"""
+
+
+def goes_on(process):
+    """Whether it is there, and more than an end that nobody has asked for."""
+    found = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], stdout=subprocess.PIPE,
+                           text=True)
+    return found.stdout.strip()[:1] not in ("", "Z")
+
+
+@pytest.mark.skipif(not shutil.which("ps"), reason="no ps, which tells what goes on")
+def test_a_killed_studys_processes_end_with_it():
+    Path("pool.py").write_text(POOL)
+    with subprocess.Popen([sys.executable, "pool.py"], stdout=subprocess.PIPE, text=True,
+                          env=os.environ | dict(PYTHONPATH=str(ROOT))) as parent:
+        worker = int(parent.stdout.readline())
+        assert goes_on(worker)
+        parent.kill()
+    until = time.monotonic() + 20
+    while goes_on(worker):
+        if time.monotonic() > until:
+            os.kill(worker, signal.SIGKILL)
+            pytest.fail("it goes on")
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("only, says", [("wheer", "matches none of where, when"),
