@@ -314,6 +314,42 @@ def check_folder(args):
     return "new"
 
 
+def check_leftover(args, widths):
+    """ValueError if what should be left does not fit a model of these `widths`."""
+    total, asked = sum(widths), [int(k) for k in re.findall(r"\d+", args.scope or "")]
+    if args.method != "none" and not total:
+        raise ValueError(f"{args.model} has no MLP neurons left to prune")
+    if asked and (len(asked) != len(widths) or any(k > m for k, m in zip(asked, widths))):
+        raise ValueError(f"--scope {args.scope} does not fit the layers' widths: "
+                         f"{','.join(map(str, widths))}")
+    if asked and not sum(asked):
+        raise ValueError(f"--scope {args.scope} leaves no neuron at all")
+    if asked and sum(asked) != round(args.leftover * total):
+        raise ValueError(f"--scope {args.scope} leaves {sum(asked):,} of {total:,} neurons: add "
+                         f"--leftover {sum(asked) / total:.8g}")
+    alike = [total] if args.scope == "global" else widths
+    if total and not asked and not any(round(args.leftover * m) for m in alike):
+        raise ValueError(f"--leftover {args.leftover:g} of {total:,} neurons is none at all")
+
+
+def check_batch(args, config, train_data):
+    """ValueError if a batch can't be cut as it should, or has no room in the data or memory."""
+    parts = args.accumulate * PROCESSES
+    if args.batch_size < parts:
+        raise ValueError(f"--batch-size {args.batch_size} can't be cut into {parts}, --accumulate "
+                         f"{args.accumulate} times {PROCESSES} processes")
+    if args.batch_size > len(train_data):
+        raise ValueError(f"--batch-size {args.batch_size} is more than there are sequences to "
+                         f"train on, {len(train_data)}")
+    if args.device == "cpu" and hasattr(os, "sysconf"):  # elsewhere torch itself tells
+        tokens = args.batch_size / parts * train_data.about["tokens"] / len(train_data)
+        least = 2 * tokens * sum(8 * config.n_embd + 2 * m for m in config.mlp_widths)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if least > memory and not args.gradient_checkpointing:
+            raise ValueError(f"a step takes over {least / 1e9:.0f} GB, and this machine has "
+                             f"{memory / 1e9:.0f}: raise --accumulate")
+
+
 def dense_for(args, flags):
     """The folder of the dense run of the same data, model and seed, or of another like it that is
     finished, and the flags that make it: the same but for pruning."""
@@ -361,36 +397,9 @@ def run(flags, implied=False):
         raise ValueError(f"--block-size {block_size} exceeds the model's context of {n_positions}")
     train_data, val_data = (data.load(args.dataset, split, vocab_size, block_size, args.data_path,
                                       args.data_config) for split in ("train", "validation"))
-    widths, about = model.config.mlp_widths, dict(train=train_data.about, validation=val_data.about)
-    total, parts = sum(widths), args.accumulate * PROCESSES
-    if args.method != "none" and not total:
-        raise ValueError(f"{args.model} has no MLP neurons left to prune")
-    asked = [int(k) for k in re.findall(r"\d+", args.scope or "")]  # widths
-    if asked and (len(asked) != len(widths) or any(k > m for k, m in zip(asked, widths))):
-        raise ValueError(f"--scope {args.scope} does not fit the layers' widths: "
-                         f"{','.join(map(str, widths))}")
-    if asked and not sum(asked):
-        raise ValueError(f"--scope {args.scope} leaves no neuron at all")
-    if asked and sum(asked) != round(args.leftover * total):
-        raise ValueError(f"--scope {args.scope} leaves {sum(asked):,} of {total:,} neurons: add "
-                         f"--leftover {sum(asked) / total:.8g}")
-    kept = asked or [round(args.leftover * m)
-                     for m in ([total] if args.scope == "global" else widths)]
-    if not sum(kept) and total:
-        raise ValueError(f"--leftover {args.leftover:g} of {total:,} neurons is none at all")
-    if args.batch_size < parts:
-        raise ValueError(f"--batch-size {args.batch_size} can't be cut into {parts}, --accumulate "
-                         f"{args.accumulate} times {PROCESSES} processes")
-    if args.batch_size > len(train_data):
-        raise ValueError(f"--batch-size {args.batch_size} is more than there are sequences to "
-                         f"train on, {len(train_data)}")
-    if args.device == "cpu" and hasattr(os, "sysconf"):  # elsewhere torch itself tells
-        tokens = args.batch_size / parts * about["train"]["tokens"] / len(train_data)
-        least = 2 * tokens * sum(8 * model.config.n_embd + 2 * m for m in widths)
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if least > memory and not args.gradient_checkpointing:
-            raise ValueError(f"a step takes over {least / 1e9:.0f} GB, and this machine has "
-                             f"{memory / 1e9:.0f}: raise --accumulate")
+    about = dict(train=train_data.about, validation=val_data.about)
+    check_leftover(args, model.config.mlp_widths)
+    check_batch(args, model.config, train_data)
     teacher = None
     if args.teacher or args.distill and not tiny:
         teacher = load_model(args.teacher or dense, args)
