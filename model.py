@@ -462,7 +462,8 @@ def download(name):
 
     try:
         for weights in ("model*.safetensors*", "pytorch_model*"):
-            folder = snapshot(name, allow_patterns=["config.json", weights])
+            folder = snapshot(name, allow_patterns=[
+                "config.json", "tokenizer.json", "vocab.json", weights])
             if any(folder.glob(weights)):
                 break
         return folder

@@ -40,7 +40,8 @@ from prune import METHODS, HeadLoss, Pruner, defaults_of, lr_factor, shrink, v_a
 from results import runs
 from results.cli import ABOVE_0, AT_LEAST_0, DEVICE, SHARE, Flag, flag_of
 from results.compare import compare, draw_training, known_loss, report, tracker
-from results.export import command_of, write_card, write_tokenizer
+from results.export import command_of, write_card
+from results.tokenizer import write_tokenizer
 
 # Launched by torchrun, several train in step, each on its share of a batch; 0 alone writes.
 PROCESS, PROCESSES = cli.processes()
@@ -124,6 +125,8 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
               teacher and runs.model_state(teacher)]
     if (folder / "checkpoint.pt").exists():
         restore(folder / "checkpoint.pt", progress, parts, origin)
+    elif args.resume:
+        say(f"there is no checkpoint in {folder}: the run begins with its first step")
     model.gradient_checkpointing, parallel = args.gradient_checkpointing, model
     if args.compile:
         model.compile_blocks()
@@ -293,6 +296,8 @@ def check_folder(args):
     """Whether the run in args.out is "new", "interrupted" or "finished"; ValueError if it can't go
     on there."""
     out = Path(args.out)
+    if out.is_symlink() and not out.exists():
+        raise ValueError(f"{out} is a link to nothing: remove it, or name another --out")
     found = runs.read_run(out) if out.is_dir() else None
     state = found.state if found else "new"
     if state == "new" and out.exists() and not (found and all(
@@ -454,6 +459,7 @@ def run(flags, implied=False):
             gpu = args.device != "cpu" and torch.cuda.get_device_name(args.device)
             metrics = dict(
                 settings=settings_of(args), command=command_of(flags), base_model=hub, data=about,
+                teacher=str(args.teacher or dense) if args.distill else None,
                 log=done.log, started=done.started, model=runs.model_state(model), steps=steps,
                 block_size=block_size, processes=PROCESSES, seconds=done.seconds,
                 tokens=done.tokens, tokens_per_second=done.tokens / done.seconds,

@@ -16,7 +16,7 @@ from unittest.mock import MagicMock
 LATER = ("torch", "torch.nn", "torch.nn.functional", "torch.nn.parallel", "torch.nn.utils.rnn",
          "torch.utils.checkpoint", "torch.distributed", "safetensors.torch")
 OURS = ("data", "measure", "model", "prune", "train", "results", "results.compare",
-        "results.export", "results.runs", "results.texts")
+        "results.export", "results.runs", "results.texts", "results.tokenizer")
 
 
 def look(file, function):

@@ -1,5 +1,4 @@
-"""What makes a run's folder a whole model of Hugging Face's, besides the model: its tokenizer and
-its card; and `python measure.py export`, for loaders that run no code of ours."""
+"""A run's model card, and `python measure.py export`, for loaders that run no code of ours."""
 
 import json
 import os
@@ -14,66 +13,7 @@ from prune import METHODS, shrink
 from results.cli import flag_of
 from results.compare import CLOSING
 from results.runs import load_model, read_model
-
-END = "<|endoftext|>"
-
-
-def letters():
-    """GPT-2's letter for each byte, so that JSON can hold tokens that are no text."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {
-        byte: chr(256 + n) for n, byte in enumerate(others)}
-
-
-def halves(token, ranks):
-    """The two tokens that were joined to make `token` (bytes), by the `ranks` of all."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        i = min(range(len(parts) - 1),
-                key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
-
-
-def tokenizer_json(vocab_size):
-    """What tokenizer.json says of the tokenizer that `data.tokenizer` gives, or raises."""
-    eot, ranks = data.tokenizer(vocab_size).eot, {bytes([byte]): byte for byte in range(256)}
-    if vocab_size == 50257:
-        import tiktoken
-
-        ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks  # of each token's bytes, its id
-    letter = letters()
-
-    def text(token):
-        return "".join(map(letter.get, token))
-
-    longer = (token for token in sorted(ranks, key=ranks.get) if len(token) > 1)
-    merges = [" ".join(map(text, halves(token, ranks))) for token in longer]
-    bytewise = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True,
-                    use_regex=vocab_size == 50257)  # False: nothing is split into words
-    end = dict(id=eot, content=END, single_word=False, lstrip=False, rstrip=False,
-               normalized=False, special=True)
-    model = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
-                 end_of_word_suffix=None, fuse_unk=False, byte_fallback=False,
-                 vocab={text(token): i for token, i in ranks.items()} | {END: eot}, merges=merges)
-    return dict(version="1.0", truncation=None, padding=None, added_tokens=[end], normalizer=None,
-                pre_tokenizer=bytewise, post_processor=None, decoder=bytewise, model=model)
-
-
-def write_tokenizer(folder, vocab_size, n_positions):
-    """Write the files of `data.tokenizer`, by which a model was trained, into `folder`. What the
-    model that it started from has there is not copied: that may be damaged, or another's."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=END, eos_token=END,
-                    pad_token=END, model_max_length=n_positions,
-                    clean_up_tokenization_spaces=False)
-    for name, content in (("tokenizer.json", tokenizer_json(vocab_size)),
-                          ("tokenizer_config.json", settings)):
-        with whole(folder / name) as file:
-            file.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
-
+from results.tokenizer import write_tokenizer
 
 def command_of(flags):
     """The command whose flags `parse` has made `flags`, but for --resume."""
@@ -154,6 +94,8 @@ def write_card(folder, metrics, place=None):
     family = "GPT-2" if config.model_type == "gpt2" else "GPT-Neo"
     tiny, origin = settings["model"] == "tiny", base or Path(settings["model"]).name
     made = f"trained on {dataset}, {'with' if settings['distill'] else 'without'} distillation"
+    if metrics.get("teacher"):
+        made += f" from {Path(metrics['teacher']).name}"
     if pruned:
         origin = "a dense model of the same data" if tiny else origin
         what = (f"A {family} whose MLP neurons were pruned by {name} ({METHODS[method].about}) "

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 
 from filelock import FileLock, Timeout
 
-from model import GPT, whole
+from model import GPT, download, whole
+from results.tokenizer import check_tokenizer
 
 FORMAT = 2  # of these files: raise it when what they hold changes
 
@@ -59,10 +60,14 @@ def model_state(model):
     return crc
 
 
-def load_model(folder):
-    """`GPT.from_pretrained`; of a finished run, ValueError if it is not what that has made."""
+def load_model(name):
+    """`GPT.from_pretrained`; ValueError if it is not what a finished run of ours has made there,
+    or, where there is none, comes with a tokenizer that is not ours."""
+    folder = name if os.path.isdir(name) else download(name)
     model, known = GPT.from_pretrained(folder), read_json(Path(folder, "metrics.json"), "settings")
-    if known and known["model"] != model_state(model):
+    if not known:
+        check_tokenizer(folder, model.config.vocab_size)
+    elif known["model"] != model_state(model):
         raise ValueError(f"the model in {folder} is damaged, or not the one of its metrics.json")
     return model
 

@@ -262,9 +262,12 @@ def read_rows():
     texts = "command", "widths", "data"
     try:
         with open(CSV, newline="") as lines:
-            return {row["command"]: {
-                name: row[name] if name in texts else float(row[name]) if row[name] else None
-                for name in COLUMNS} for row in csv.DictReader(lines)}
+            rows = [*csv.DictReader(lines)]
+        if any(None in row.values() for row in rows):
+            raise ValueError("a row is cut off")
+        return {row["command"]: {
+            name: row[name] if name in texts else float(row[name]) if row[name] else None
+            for name in COLUMNS} for row in rows}
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise ValueError(f"{CSV} is damaged, or of another version: put it back, or move it away "
                          "to begin anew") from error

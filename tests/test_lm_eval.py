@@ -10,7 +10,7 @@ import pytest
 import data
 from measure import mean_loss
 from model import GPT
-from results.export import write_tokenizer
+from results.tokenizer import write_tokenizer
 from test_train import save_small
 
 lm_eval = pytest.importorskip("lm_eval")

@@ -25,6 +25,7 @@ import train
 from model import GPT
 from results import runs
 from results.compare import draw_training
+from results.tokenizer import write_tokenizer
 
 ROOT = Path(__file__).parents[1]
 FLAGS = "--method topv --out run"
@@ -221,6 +222,20 @@ def test_a_checkpoint_without_settings_is_told_and_kept(how, capsys):
     run(f"{FLAGS} --resume")
 
 
+def test_without_its_checkpoint_a_run_begins_anew_and_says_so(capsys):
+    run("--method topv --out whole")
+    killed_run("in the middle of a step", FLAGS)
+    Path("run/checkpoint.pt").unlink()
+    run(f"{FLAGS} --resume")
+    assert "no checkpoint in run: the run begins with its first" in capsys.readouterr().err
+    assert_same_run("whole", "run")
+
+
+def test_a_link_to_nothing_is_no_place_for_a_run(capsys):
+    Path("run").symlink_to("nowhere")
+    assert_fails(capsys, f"{SMALL} {FLAGS}", "run is a link to nothing|--out")
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
 def test_a_model_that_is_not_as_it_was_written_is_named(file, capsys):
     run(FLAGS)
@@ -234,6 +249,29 @@ def test_a_model_that_is_not_as_it_was_written_is_named(file, capsys):
     assert_fails(capsys, f"{SMALL} {FLAGS} --resume", "the model in run is damaged")
     path.write_bytes(content)
     assert runs.load_model("run")
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "vocab.json"])
+def test_a_model_with_another_tokenizer_is_neither_trained_nor_measured(file, capsys):
+    write_tokenizer("small", 257, 128)  # what texts are read by
+    path = Path("small", file)
+    content = json.loads(Path("small/tokenizer.json").read_text())
+    vocab = content["model"]["vocab"] if file == "vocab.json" else content
+    Path("small/tokenizer.json").unlink()
+    path.write_text(json.dumps(vocab))
+    run("--out run")  # the same
+    ids = vocab if file == "vocab.json" else vocab["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    path.write_text(json.dumps(vocab))
+    says = f"small/{file} is another tokenizer"
+    assert_fails(capsys, "--model small --out other", says)
+    assert_fails(capsys, "--model run --distill --teacher small --out other", says)
+    assert says in refused(capsys, "small", "--dataset", "stdlib", "--device", "cpu")
+    for damage in "{", "[]":
+        path.write_text(damage)
+        assert_fails(capsys, "--model small --out other", f"small/{file} is damaged, or no")
+    path.unlink()
+    run("--out other")  # none is known
 
 
 @pytest.mark.parametrize("damage", [other_digit, lambda log: log[:-50], lambda log: b""])

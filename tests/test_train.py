@@ -24,7 +24,7 @@ import data
 import train
 from model import GPT, GPTConfig
 from prune import METHODS
-from results import compare
+from results import compare, runs
 from results.bench import NEO
 from results.compare import draw_training
 
@@ -273,6 +273,8 @@ def test_distillation_lowers_kl_to_the_teacher():
         return (p.exp() * (p - q)).sum(-1).mean().item()
 
     assert kl("distilled --distill --teacher teacher") < 0.8 * kl("plain")
+    told = {name: runs.read_run(name).metrics["teacher"] for name in ("distilled", "plain")}
+    assert told == dict(distilled="teacher", plain=None)
 
 
 def test_a_teacher_is_found_by_data_model_and_seed(capsys):

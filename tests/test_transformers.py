@@ -24,7 +24,8 @@ import measure
 import train
 from model import GPT, GPTConfig
 from results import cli
-from results.export import write_card, write_tokenizer
+from results.export import write_card
+from results.tokenizer import write_tokenizer
 from results.runs import read_run
 
 ROOT, END = Path(__file__).parents[1], "<|endoftext|>"
@@ -289,10 +290,11 @@ def test_the_card_names_data_set_and_model_where_the_hub_has_them(runs):
             ("wikitext", "gpt2", "gpt2", ["Salesforce/wikitext"]), ("e2e", "a/b", "a/b",
             ["tuetschek/e2e_nlg"]), ("stdlib", "tiny", None, None)):
         how = dict(dataset=dataset, model=model, distill=True, data_config=None)
-        write_card("gum", metrics | dict(base_model=base, settings=metrics["settings"] | how))
+        write_card("gum", metrics | dict(base_model=base, teacher="out/taught",
+                                         settings=metrics["settings"] | how))
         card = ModelCard.load("gum/README.md")
         assert card.data.get("base_model") == base and card.data.get("datasets") == hub
-        assert ", with distillation" in card.text
+        assert ", with distillation from taught, starting" in card.text
         assert f"from {base or 'a dense model of the same data'}." in card.text
 
 

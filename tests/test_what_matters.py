@@ -147,7 +147,9 @@ def test_a_row_of_other_data_is_refused_and_none_is_lost(made, monkeypatch):
     assert study.read_rows() == before
 
 
-@pytest.mark.parametrize("damage", [b"\xff\xfe", b"command,loss\na,b\n", b"command,loss\na,1\n"])
+@pytest.mark.parametrize("damage", [
+    b"\xff\xfe", b"command,loss\na,b\n", b"command,loss\na,1\n",
+    ",".join(study.COLUMNS).encode() + b"\na,1.0\n"])
 def test_rows_that_are_no_longer_what_was_written_are_told(damage, made):
     study.CSV.write_bytes(damage)
     with pytest.raises(ValueError, match="what-matters.csv is damaged"):
