@@ -247,11 +247,13 @@ class Pruner(nn.Module):
         """U_j = 1/N_left sum over i != j of |sim(h_j, h_i)| (section 4), 0 for a pruned j. [N]"""
         U = torch.zeros_like(self.scores)
         for layer, (C, of_layer) in enumerate(zip(self.C, U.split(self.widths))):
-            sim = similarity(C[self.at(layer, 2)])  # [k, k]
+            kept = C[self.at(layer, 2)]  # [k, k]
+            if dist.is_initialized():  # C of the whole batch, scaled, is the mean of all processes'
+                kept = kept / dist.get_world_size()
+                dist.all_reduce(kept)
+                C[self.at(layer, 2)] = kept
+            sim = similarity(kept)  # [k, k]
             of_layer[self.at(layer)] = sim.sum(1) / max(len(sim), 1)
-        if self.C and dist.is_initialized():  # each process has a C of its own: their mean U counts
-            dist.all_reduce(U)
-            U /= dist.get_world_size()
         return U
 
     @torch.no_grad()

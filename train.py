@@ -217,7 +217,7 @@ def check_finite(progress, args):
 
 
 def save(folder, progress, parts, origin):
-    """Write the checkpoint, whole or not at all; of several processes', with the C of 0. `origin`:
+    """Write the checkpoint, whole or not at all; all processes have the same to write. `origin`:
     the run's settings, and checksums of the models that it started from."""
     progress.saved = progress.step
     if PROCESS == 0:
@@ -243,8 +243,9 @@ def restore(file, progress, parts, origin):
         for name, part in parts.items():
             part.load_state_dict(content[name])
     except Exception as error:  # torch has several exceptions for a damaged file
-        raise ValueError(f"can't go on from {file} ({type(error).__name__} {error}): if it is "
-                         f"damaged, remove {file.parent} and start over") from error
+        raise ValueError(f"can't go on from {file} ({type(error).__name__} {error}): give what it "
+                         f"was begun with; if it is damaged, remove {file.parent} and start over"
+                         ) from error
 
 
 def cut_log(path, known):

@@ -49,8 +49,6 @@ def read_runs(folders):
         check_measured(run)
         run.group = run.settings["dataset"], Path(run.settings["model"]).name
         run.settings["data"] = run.metrics["data"]["train"]["sha256"][:8]
-        run.settings |= {name: value for name, value in run.measures.get("on", {}).items()
-                         if name in ("split", "examples", "generate", "beams")}
         run.values = run.measures.get("values") or dict(
             perplexity=run.metrics["result"]["val_perplexity"], leftover=run.metrics["leftover"])
         same = next((one for one in runs if one is not run and one.settings == run.settings), None)
@@ -60,7 +58,7 @@ def read_runs(folders):
         alike = [other.settings for other in runs if (other.group, other.method, other.distill)
                  == (run.group, run.method, run.distill)]
         own = [f"{name} {value}" for name, value in run.settings.items() if name not in NO_ROW
-               and any(settings.get(name, value) != value for settings in alike)]
+               and any(settings.get(name) != value for settings in alike)]
         run.label = ", ".join([METHODS[run.method].name, *own])
         groups.setdefault(run.group, []).append(run)
     return groups
@@ -78,11 +76,25 @@ def check_measured(run):
                          f"{block_sizes[1]}: measure it on those, python measure.py {run.path}")
 
 
+SAMPLED = {  # which part of the data a measure is of
+    **dict.fromkeys(("sensitivity", "uniqueness", "span_uniqueness"), ("split", "examples")),
+    **dict.fromkeys(("bleu", "rouge1", "rouge2", "rougeL"), ("generate", "beams"))}
+
+
 def require(runs, name):
-    """Raise ValueError if not all of `runs` have the measure `name`."""
-    lacking = [str(run.path) for run in runs if name not in run.values]
+    """Raise ValueError if not all of `runs` have the measure `name`, or not of the same."""
+    lacking = [run for run in runs if name not in run.values]
+    for run in lacking:
+        if run.measures:
+            raise ValueError(f"{run.path} has no {name}: its measures are {', '.join(run.values)}")
     if lacking:
-        raise ValueError(f"no {name}: first python measure.py {' '.join(lacking)}")
+        folders = " ".join(str(run.path) for run in lacking)
+        raise ValueError(f"no {name}: first python measure.py {folders}")
+    parts = {", ".join(f"{flag} {run.measures['on'].get(flag)}" for flag in SAMPLED[name])
+             for run in runs if name in SAMPLED}
+    if len(parts) > 1:
+        raise ValueError(f"{name} is of other texts in some runs ({' or '.join(sorted(parts))}): "
+                         f"first python measure.py {' '.join(str(run.path) for run in runs)}")
 
 
 def mean_std(values):

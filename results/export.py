@@ -128,8 +128,9 @@ def write_card(folder, metrics, place=None):
         data="; ".join(f"{split}, {of['source']}, {of['tokens']:,} tokens, sha256 "
                        f"`{of['sha256']}`" for split, of in metrics["data"].items()),
         left_out=f" ({left_out:,} examples, longer than a block, are left out)" * (left_out > 0),
-        hub_name=re.sub(r"[^\w.-]+", "-", place.absolute().name),
-        path=json.dumps(place.as_posix()), folder=shlex.quote(place.as_posix()),
+        hub_name=re.sub(r"[^a-zA-Z0-9_]*[^a-zA-Z0-9_.]+[^a-zA-Z0-9_]*|[.]{2,}", "-",
+                        place.absolute().name).strip("-.")[:96] or "model",
+        path=json.dumps(place.as_posix(), ensure_ascii=False), folder=shlex.quote(place.as_posix()),
         trust=", trust_remote_code=True" * ("auto_map" in config_to_hf(config)))
     with whole(folder / "README.md") as file:
         file.write_text(card, encoding="utf-8")
@@ -140,7 +141,7 @@ def export(args):
     loaders without remote code, or to a multiple, for devices that are faster so; with its
     tokenizer and card. The folder appears whole or not at all."""
     out = Path(args.out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty: name another folder with --out")
     run = read_model(args.run)
     model = load_model(run.path)

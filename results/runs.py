@@ -96,6 +96,9 @@ def read_model(folder):
     run = read_run(folder)
     if run.state == "interrupted":
         raise ValueError(f"{folder} is not finished: go on with its command and --resume")
+    if run.state == "new" and not (run.path / "config.json").exists():
+        raise FileNotFoundError(f"{folder} is neither a run's folder nor a model's: it has no "
+                                "metrics.json and no config.json")
     return run
 
 
@@ -138,8 +141,13 @@ def find_dense(folders, settings, about=None, started=None):
 
 def dense_run(run, folder):
     """The run in `folder`, or if that is None the dense one beside `run`, or None."""
-    if folder or not run.metrics:
-        return read_model(folder) if folder else None
+    if folder:
+        dense = read_model(folder)
+        if dense.settings.get("method", "none") != "none":
+            raise ValueError(f"{folder} is no dense model: it was pruned")
+        return dense
+    if not run.metrics:
+        return None
     return find_dense([run.path.parent], run.settings, run.metrics["data"],
                       run.metrics["started"])
 

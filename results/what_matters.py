@@ -669,7 +669,7 @@ def report(args):
 
     if not any(map(is_made, questions.values())):
         raise ValueError(f"no run in {CSV} is of --model {args.model}, made in --out {args.out}")
-    for name, question in questions.items():
+    for name, question in ((name, one) for name, one in questions.items() if is_made(one)):
         tables = [f"**{question.title}**, validation loss (nats/token)",
                   table_of(study, question)] + [
             f"{measure.MEASURES[value]}:\n\n{table_of(study, question, value)}"

@@ -331,7 +331,18 @@ def test_a_run_measured_on_other_texts_is_in_no_table_of_its_own(capsys):
     assert "| Top_v |" in table_of(capsys, "run")
     run("--method", "topv", "--out", "more", "--seed", "1")
     main("more", "--examples", 4, "--device", "cpu")  # of which 8 were measured there
-    assert "| Top_v, examples 4 |" in table_of(capsys, "run", "more")
+    assert "| Top_v |" in table_of(capsys, "run", "more")  # all of the same validation texts
+    with pytest.raises(SystemExit):
+        main("table", "run", "more", "--metric", "uniqueness")
+    assert "(split train, examples 4 or split train, examples 8)" in capsys.readouterr().err
+
+
+def test_a_pruned_model_is_no_dense_one(capsys):
+    save("small")
+    run("--method", "topv", "--out", "run")
+    with pytest.raises(SystemExit):
+        main("run", "--dense", "run", "--device", "cpu", "--examples", 4)
+    assert "run is no dense model: it was pruned" in capsys.readouterr().err
 
 
 def test_a_dense_model_with_another_vocabulary_is_refused(capsys):
@@ -582,7 +593,8 @@ def test_every_method_has_its_own_look_also_a_new_one(fakes, monkeypatch, capsys
     ("small --dataset stdlib --block-size 999", "999 128"), ("sample small --prompt=", "prompt"),
     ("small --dataset stdlib --dense nowhere", "nowhere"), ("table fake --beams 3", "--beams"),
     ("small --dataset stdlib --beams 0", "--beams above"), ("table unknown", "unknown mine"),
-    ("table fake --metric bleu", "bleu measure.py fake"), ("small --dataset wiki", "wiki stdlib"),
+    ("table fake --metric bleu", "bleu measure.py fake"),
+    ("full", "full neither config.json"), ("small --dataset wiki", "wiki stdlib"),
     ("damaged", "damaged/metrics.json damaged remove"), ("nowhere", "nowhere"),
     ("table fake --metric speed", "speed perplexity"),
     ("table cut", "cut/measure.json damaged remove"),
@@ -601,7 +613,8 @@ def test_a_mistake_gets_one_line_and_status_2(words, says, capsys):
     wild.wte.weight.data.fill_(1e34)  # finite, but no product of them
     wild.ln_f.weight.data.fill_(1e37)
     wild.save_pretrained("wild")
-    os.mkdir("unfinished")
+    for name in "unfinished", "full":
+        os.mkdir(name)
     runs.write_json(Path("unfinished/settings.json"), dict(method="gum"))
     assert pytest.raises(SystemExit, main, *words.split()).value.code == 2
     *before, line = capsys.readouterr().err.strip().splitlines()

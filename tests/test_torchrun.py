@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import data
 import train
-from prune import METHODS, Method, Pruner, lr_factor, shrink
+from prune import METHODS, Method, Pruner
 from test_train import STEP, assert_same_weights, hook, in_double, load_once, save_small
 
 STEPS, SAVED, DEATH = 15, 8, 11  # a checkpoint comes every SAVED steps; a process dies in DEATH
@@ -24,10 +23,10 @@ FLAGS = (f"--model small --steps {STEPS} --batch-size 8 --block-size 32 --lr 0.0
 WANDA = Method("Wanda", "weights times activations", measure=torch.square,
                score=lambda mlp, square: mlp.c_proj.weight.norm(dim=0) * square.sqrt(),
                defaults=dict(lambda_sim=0.1))
-RUNS = {  # what two processes make, and a run that is the same: of one process, if it has a 1
-    **{run: f"1 {run}" for run in (*METHODS, "wanda", "gum --lambda-gum 0",
-                                   "topv --distill --teacher small") if run != "gum"},
-    "topv --gradient-checkpointing": "1 topv", "wanda --accumulate 2": "1 wanda",
+RUNS = {  # what two processes make, and the run of one that is the same
+    **{run: run for run in (*METHODS, "wanda", "gum --lambda-gum 0",
+                            "topv --distill --teacher small")},
+    "topv --gradient-checkpointing": "topv", "wanda --accumulate 2": "wanda",
     **{run + cut: run for run in ("gum", "gum --distill --teacher small", "gum --sim-tokens 64")
        for cut in ("", " --accumulate 2", " --accumulate 4")}}
 
@@ -72,7 +71,7 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         save_small("small")
-        Path("output").write_text(torchrun(1, *RUNS, "topv --out killed-1"))
+        Path("output").write_text(torchrun(1, *RUNS, "gum --out killed-1"))
     return folder
 
 
@@ -92,44 +91,13 @@ def assert_same(out, expected):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_two_processes_make_the_run_of_one_and_cutting_a_batch_up_changes_nothing(run, kept):
-    same = RUNS[run]
-    if same.startswith("1") and not Path(same).exists():
-        make(same[2:], kept, same)
+    same = f"1 {RUNS[run]}"
+    if not Path(same).exists():
+        make(RUNS[run], kept, same)
     ours, also = (torch.load(f"{run}.kept{process}") for process in (0, 1))
     assert ours == also == torch.load(f"{same}.kept0")
     assert len(ours) == STEPS + 1 and (ours[-1] == [None, None]) == (run == "none")
     assert_same(run, same)
-
-
-def test_two_processes_make_gum_with_the_mean_of_their_uniqueness():
-    # One process with a C for each half of the batch. The scores' gradient is linear in U, so the
-    # mean of both gradients is that of the mean U.
-    args = train.resolve(train.parse([*FLAGS.split(), "--method", "gum"]))
-    model = train.load_model("small", args)
-    first, second = pruners = [Pruner(model, "gum", 0.25, STEPS) for _ in range(2)]
-    second.scores = first.scores
-    optimizer = train.make_optimizer(model, first, args)
-    train_data = data.load("stdlib", "train", 257, 32, None, None)
-    for step in range(1, STEPS + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * lr_factor(step, STEPS)
-        idx, targets, _ = train_data.batch(train.batch_indices(step, len(train_data), 8, 0))
-        for pruner, ids, asked in zip(pruners, idx.split(4), targets.split(4)):
-            pruner.select(step)
-            with pruner.recording():
-                logits = model(ids)[0].flatten(0, 1)
-            (F.cross_entropy(logits, asked.flatten()) / 2).backward()
-        first.update(step)
-        gradient = first.scores.grad.clone()
-        second.update(step)
-        assert not gradient.equal(first.scores.grad)
-        first.scores.grad.add_(gradient).div_(2)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    first.select(STEPS)
-    shrink(model).save_pretrained("reference")
-    assert_same_weights("gum", "reference", 1e-9)
 
 
 def test_when_one_process_dies_the_job_ends_and_goes_on_from_a_checkpoint(kept):
@@ -139,11 +107,11 @@ def test_when_one_process_dies_the_job_ends_and_goes_on_from_a_checkpoint(kept):
         return torch.load(Path(out, "checkpoint.pt"), weights_only=True)["progress"]["step"]
 
     assert saved("killed-1", Path("output").read_text()) == SAVED
-    output = torchrun(0, "topv --out killed-1 --resume", "topv --out killed-0")
+    output = torchrun(0, "gum --out killed-1 --resume", "gum --out killed-0")
     assert saved("killed-0", output) == SAVED
-    make("topv --out killed-0 --resume", kept, "alone")  # as one process
-    assert_same("killed-0", "topv")
-    assert_same("killed-1", "topv")
+    make("gum --out killed-0 --resume", kept, "alone")  # as one process
+    assert_same("killed-0", "gum")
+    assert_same("killed-1", "gum")
 
 
 if __name__ == "__main__":  # one of the processes that torchrun launches

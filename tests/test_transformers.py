@@ -283,6 +283,16 @@ def test_the_card_says_what_was_left_out(runs):
     assert "(2 examples, longer than a block, are left out)" in ModelCard.load("gum/README.md").text
 
 
+@pytest.mark.parametrize("name", ["mit leer é 日本", "a--b..c", "-x.", "日", "gum=1_2-seed0.v2"])
+def test_the_cards_name_for_the_hub_is_one(name, runs):
+    ours().save_pretrained(name)
+    write_card(name, read_run(runs / "gum").metrics)
+    text = Path(name, "README.md").read_text(encoding="utf-8")
+    hub_name = re.search(r"`hf upload (\S+) ", text)[1]
+    huggingface_hub.utils.validate_repo_id(f"me/{hub_name}")
+    assert f'name = "{name}"' in text and (len(name) == 1 or set(hub_name) & set(name))
+
+
 def test_the_card_names_data_set_and_model_where_the_hub_has_them(runs):
     metrics = read_run(runs / "gum").metrics
     ours().save_pretrained("gum")
