@@ -433,8 +433,9 @@ def read(dataset, split, path, config):
                 raise ValueError(f"it has only {', '.join(map(str, builder.config.data_files))}")
             folders = sorted({os.path.relpath(Path(file).parent, folder) for file in files})
             if names == ["default"] and len(folders) > 1:
-                raise ValueError(f"it has no README.md that says which of {', '.join(folders)} is "
-                                 "meant: give --data-path one of them")
+                raise ValueError(f"its files are in {', '.join(folders)}, and no README.md says "
+                                 "which are meant: put that back, or give --data-path a folder "
+                                 "with one of them alone")
         rows = parsed(builder, split, files, columns)
 
     def known():

@@ -194,10 +194,11 @@ def evaluate(args):
         on, dense, base, full = On(*map(known.get, On._fields)), dense_run(run, args.dense), {}, ()
         if not on.dataset:
             raise ValueError(f"{run.path} does not say what to measure it on: add --dataset")
-        vocab_sizes = [read_config(one.path).vocab_size for one in (run, dense or run)]
-        if vocab_sizes[0] != vocab_sizes[1]:
-            raise ValueError(f"{dense.path} is no dense model of {run.path}: its vocabulary has "
-                             f"{vocab_sizes[1]:,} tokens, not {vocab_sizes[0]:,}")
+        if dense:
+            size, other = (read_config(one.path).vocab_size for one in (run, dense))
+            if size != other:
+                raise ValueError(f"{dense.path} is no dense model of {run.path}: its vocabulary is "
+                                 f"{other:,} tokens, not {size:,}: name another with --dense")
         values, counts, widths, texts, about = measure(run.path.absolute(), args.device, on)
         if run.metrics and not args.dataset:
             check_data(about, {split: run.metrics["data"][split] for split in about}, run.path,

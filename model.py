@@ -462,6 +462,7 @@ def download(name):
 
     try:
         for weights in ("model*.safetensors*", "pytorch_model*"):
+            # The tokenizer's only for results/tokenizer.py to see whether it is ours.
             folder = snapshot(name, allow_patterns=[
                 "config.json", "tokenizer.json", "vocab.json", weights])
             if any(folder.glob(weights)):

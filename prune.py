@@ -237,22 +237,28 @@ class Pruner(nn.Module):
             if layer in self.fading:  # once a step, from however many micro-batches h comes
                 C *= 1 - self.lambda_sim
                 self.fading.remove(layer)
-            C[self.at(layer, 2)] += self.lambda_sim * (h.T @ h).to(C.dtype)
+            # `average` takes the mean over processes: counted so often, that is the batch's sum.
+            times = dist.get_world_size() if dist.is_initialized() else 1
+            C[self.at(layer, 2)] += self.lambda_sim * times * (h.T @ h).to(C.dtype)
         if self.method.measure is not None:
             sums = self.sums[:-1].split(self.widths)[layer]  # [m]
             sums[self.at(layer)] += self.method.measure(h.to(sums.dtype)).sum(0)
             self.sums[-1] += len(h) * (layer == 0)
 
+    def average(self):
+        """Of several processes: C of the kept neurons, of which each has seen its own tokens,
+        becomes the mean of all. (A pruned neuron's only fades, everywhere alike.)"""
+        if dist.is_initialized():
+            for layer, C in enumerate(self.C):
+                kept = C[self.at(layer, 2)] / dist.get_world_size()  # [k, k]
+                dist.all_reduce(kept)
+                C[self.at(layer, 2)] = kept
+
     def uniqueness(self):
         """U_j = 1/N_left sum over i != j of |sim(h_j, h_i)| (section 4), 0 for a pruned j. [N]"""
         U = torch.zeros_like(self.scores)
         for layer, (C, of_layer) in enumerate(zip(self.C, U.split(self.widths))):
-            kept = C[self.at(layer, 2)]  # [k, k]
-            if dist.is_initialized():  # C of the whole batch, scaled, is the mean of all processes'
-                kept = kept / dist.get_world_size()
-                dist.all_reduce(kept)
-                C[self.at(layer, 2)] = kept
-            sim = similarity(kept)  # [k, k]
+            sim = similarity(C[self.at(layer, 2)])  # [k, k]
             of_layer[self.at(layer)] = sim.sum(1) / max(len(sim), 1)
         return U
 
@@ -272,6 +278,7 @@ class Pruner(nn.Module):
             lambda_t = self.lambda_mvp * (1 - cubic(**when))  # tau_t / tau
         else:
             lambda_t = self.lambda_mvp * v_at(leftover=self.leftover, **when) / self.leftover
+        self.average()
         U = self.uniqueness()
         self.scores.grad = torch.cat([movement(mlp) for mlp in self.mlps])
         with torch.enable_grad():  # adds to it; U carries no gradient

@@ -2,7 +2,7 @@
 
 In order: a step of fine-pruning, the loop around it, what a run keeps in its folder, a whole run,
 the flags. The order of the data is a function of the seed and the step, and nothing else is random:
-an interrupted run (of one process) goes on as if it had not been.
+an interrupted run goes on as if it had not been.
 """
 
 import argparse
@@ -252,12 +252,13 @@ def cut_log(path, known):
     """Drop what was logged after the checkpoint was written, when the log was `known`: it will come
     again. If it is gone, the curves begin here. ValueError if it is not as it was. Returns by what
     the log is known now."""
-    content = path.read_bytes() if path.exists() else b""
-    if known[0] and not path.exists():
+    gone = not path.exists()
+    content = b"" if gone else path.read_bytes()
+    if gone and known[0]:
         say(f"{path} is gone: the curves begin where the run goes on")
     elif runs.log_state(content[: known[0]]) != known:
-        raise ValueError(f"{path} is damaged: put it back as it was, or remove it and go on "
-                         "without the curves so far")
+        raise ValueError(f"{path} is damaged, or not the one that the checkpoint knows: put that "
+                         "back, or remove it and go on without the curves so far")
     with whole(path) as beside:
         beside.write_bytes(content[: known[0]])
     return runs.log_state(content[: known[0]])
@@ -329,12 +330,13 @@ def check_leftover(args, widths):
         raise ValueError(f"--scope {args.scope} does not fit the layers' widths: "
                          f"{','.join(map(str, widths))}")
     if asked and not sum(asked):
-        raise ValueError(f"--scope {args.scope} leaves no neuron at all")
+        raise ValueError(f"--scope {args.scope} leaves no neuron at all: give a width above 0, of "
+                         f"at most {','.join(map(str, widths))}")
     if asked and sum(asked) != round(args.leftover * total):
         raise ValueError(f"--scope {args.scope} leaves {sum(asked):,} of {total:,} neurons: add "
                          f"--leftover {sum(asked) / total:.8g}")
-    alike = [total] if args.scope == "global" else widths
-    if total and not asked and not any(round(args.leftover * m) for m in alike):
+    pools = [total] if args.scope == "global" else widths  # each of which the best are kept of
+    if total and not asked and not any(round(args.leftover * m) for m in pools):
         raise ValueError(f"--leftover {args.leftover:g} of {total:,} neurons is none at all")
 
 

@@ -157,19 +157,31 @@ def told(error):
     return f"the environment variable {' or '.join(names)}: " * bool(names) + text
 
 
+# What asks a job to end. Windows lacks the last two.
+ENDING = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"
+
+
 @contextmanager
-def stopping_signals():
-    """A list that Ctrl-C, or what asks a job to end, fills while it is open."""
-    stop, before = [], {}
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # Windows lacks the last two
+def handling(handler):
+    """While it is open, `handler` gets the signals in ENDING, but for those that are ignored."""
+    before = {}
+    for name in ENDING:
         one = getattr(signal, name, None)
         if one and signal.getsignal(one) != signal.SIG_IGN:  # as nohup has it
-            before[one] = signal.signal(one, lambda *_: stop.append(True))
+            before[one] = signal.signal(one, handler)
     try:
-        yield stop
+        yield
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)
+
+
+@contextmanager
+def stopping_signals():
+    """A list that Ctrl-C, or what asks a job to end, fills while it is open."""
+    stop = []
+    with handling(lambda *_: stop.append(True)):
+        yield stop
 
 
 def call(command, args, parser):

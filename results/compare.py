@@ -22,7 +22,7 @@ import data
 from measure import MEASURES, mean_loss
 from model import whole
 from prune import METHODS
-from results.runs import dense_run, load_model, log_state, read_json, read_model
+from results.runs import check_data, dense_run, load_model, log_state, read_json, read_model
 
 DRAWN = {  # method: colour (Okabe and Ito's, which the colour-blind can tell apart) and marker
     "none": ("#000000", "s"), "magnitude": ("#E69F00", "^"), "random": ("#56B4E9", "v"),
@@ -65,36 +65,40 @@ def read_runs(folders):
 
 
 def check_measured(run):
-    """ValueError if a run's measure.json is of other texts than those that it was evaluated on."""
+    """ValueError if a run's measure.json is of other data than the run's, or of sequences of
+    another length."""
     if not run.measures:
         return
-    block_sizes = run.measures["on"]["block_size"], run.metrics["block_size"]
-    there, own = (of["data"]["validation"] for of in (run.measures, run.metrics))
-    if there["sha256"] != own["sha256"] or block_sizes[0] not in (None, block_sizes[1]):
-        raise ValueError(f"{run.path}/measure.json is of {there['source']}, {block_sizes[0]} tokens"
-                         f" a sequence, not of the run's own data, {own['source']}, "
-                         f"{block_sizes[1]}: measure it on those, python measure.py {run.path}")
+    file = run.path / "measure.json"
+    way_out = f"first python measure.py {run.path}, or remove {file}"
+    own, about = run.metrics["data"], run.measures["data"]
+    check_data(about, {split: own[split] for split in about}, run.path,
+               f"{file} is of those: {way_out}")
+    there, here = run.measures["on"]["block_size"], run.metrics["block_size"]
+    if there != here:
+        raise ValueError(f"{file} is of sequences of {there} tokens, the run's have {here}: "
+                         f"{way_out}")
 
 
-SAMPLED = {  # which part of the data a measure is of
+DEPENDS_ON = {  # the flags of measure.py that decide what a measure is
     **dict.fromkeys(("sensitivity", "uniqueness", "span_uniqueness"), ("split", "examples")),
     **dict.fromkeys(("bleu", "rouge1", "rouge2", "rougeL"), ("generate", "beams"))}
 
 
 def require(runs, name):
-    """Raise ValueError if not all of `runs` have the measure `name`, or not of the same."""
-    lacking = [run for run in runs if name not in run.values]
-    for run in lacking:
-        if run.measures:
-            raise ValueError(f"{run.path} has no {name}: its measures are {', '.join(run.values)}")
-    if lacking:
-        folders = " ".join(str(run.path) for run in lacking)
-        raise ValueError(f"no {name}: first python measure.py {folders}")
-    parts = {", ".join(f"{flag} {run.measures['on'].get(flag)}" for flag in SAMPLED[name])
-             for run in runs if name in SAMPLED}
-    if len(parts) > 1:
-        raise ValueError(f"{name} is of other texts in some runs ({' or '.join(sorted(parts))}): "
-                         f"first python measure.py {' '.join(str(run.path) for run in runs)}")
+    """ValueError if not all of `runs` have the measure `name`, taken in the same way."""
+    flags = DEPENDS_ON.get(name, ())
+    folders = " ".join(str(run.path) for run in runs)
+    way_out = f"first python measure.py {folders}" + " --outputs" * ("beams" in flags)
+    for run in runs:
+        if run.measures and name not in run.values:
+            more = f"; {way_out}" * ("beams" in flags)  # texts can still be written and scored
+            raise ValueError(f"{run.path} has no {name}, but {', '.join(run.values)}{more}")
+    if any(name not in run.values for run in runs):
+        raise ValueError(f"no {name}: {way_out}")
+    ways = {", ".join(f"--{flag} {run.measures['on'][flag]}" for flag in flags) for run in runs}
+    if len(ways) > 1:
+        raise ValueError(f"{name} was measured with {' or '.join(sorted(ways))}: {way_out}")
 
 
 def mean_std(values):

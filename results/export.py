@@ -15,6 +15,7 @@ from results.compare import CLOSING
 from results.runs import load_model, read_model
 from results.tokenizer import write_tokenizer
 
+
 def command_of(flags):
     """The command whose flags `parse` has made `flags`, but for --resume."""
     given = [word for name, value in vars(flags).items() if value is not None and name != "resume"
@@ -95,7 +96,7 @@ def write_card(folder, metrics, place=None):
     tiny, origin = settings["model"] == "tiny", base or Path(settings["model"]).name
     made = f"trained on {dataset}, {'with' if settings['distill'] else 'without'} distillation"
     if metrics.get("teacher"):
-        made += f" from {Path(metrics['teacher']).name}"
+        made += f" from {metrics['teacher']}"
     if pruned:
         origin = "a dense model of the same data" if tiny else origin
         what = (f"A {family} whose MLP neurons were pruned by {name} ({METHODS[method].about}) "
@@ -117,6 +118,9 @@ def write_card(folder, metrics, place=None):
             f"{metrics['processes']} process(es), {metrics['machine']}, {versions}.")
     if metrics.get("command"):
         made += f" The command:\n\n```sh\n{metrics['command']}\n```"
+    # What the Hub allows: letters, digits, _ - and ., no two of the latter in a row, or at an end.
+    hub_name = re.sub(r"[^a-zA-Z0-9_.]+", "-", place.absolute().name)
+    hub_name = re.sub(r"[.-]{2,}", "-", hub_name)[:96].strip("-.") or "model"
     card = CARD.format(
         about=about.to_yaml(), name=place.absolute().name, what=what, made=made,
         before="dense" if pruned else "start", after=method if pruned else "end",
@@ -128,9 +132,8 @@ def write_card(folder, metrics, place=None):
         data="; ".join(f"{split}, {of['source']}, {of['tokens']:,} tokens, sha256 "
                        f"`{of['sha256']}`" for split, of in metrics["data"].items()),
         left_out=f" ({left_out:,} examples, longer than a block, are left out)" * (left_out > 0),
-        hub_name=re.sub(r"[^a-zA-Z0-9_]*[^a-zA-Z0-9_.]+[^a-zA-Z0-9_]*|[.]{2,}", "-",
-                        place.absolute().name).strip("-.")[:96] or "model",
-        path=json.dumps(place.as_posix(), ensure_ascii=False), folder=shlex.quote(place.as_posix()),
+        hub_name=hub_name, folder=shlex.quote(place.as_posix()),
+        path=json.dumps(place.as_posix(), ensure_ascii=False),
         trust=", trust_remote_code=True" * ("auto_map" in config_to_hf(config)))
     with whole(folder / "README.md") as file:
         file.write_text(card, encoding="utf-8")
@@ -142,7 +145,7 @@ def export(args):
     tokenizer and card. The folder appears whole or not at all."""
     out = Path(args.out)
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty: name another folder with --out")
+        raise ValueError(f"{out} is there, and no empty folder: name another with --out")
     run = read_model(args.run)
     model = load_model(run.path)
     above = next(one for one in out.absolute().parents if one.exists())

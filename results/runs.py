@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from model import GPT, download, whole
 from results.tokenizer import check_tokenizer
 
-FORMAT = 2  # of these files: raise it when what they hold changes
+FORMAT = 2  # of these files: raise it when what they hold means something else
 
 
 def checksum(content):
@@ -62,8 +62,9 @@ def model_state(model):
 
 def load_model(name):
     """`GPT.from_pretrained`; ValueError if it is not what a finished run of ours has made there,
-    or, where there is none, comes with a tokenizer that is not ours."""
-    folder = name if os.path.isdir(name) else download(name)
+    or, where there is none, comes with a tokenizer that is not ours; OSError if that, to compare
+    with, is out of reach."""
+    folder = name if os.path.isdir(name) else download(str(name))
     model, known = GPT.from_pretrained(folder), read_json(Path(folder, "metrics.json"), "settings")
     if not known:
         check_tokenizer(folder, model.config.vocab_size)
@@ -92,7 +93,8 @@ def read_run(folder):
 
 
 def read_model(folder):
-    """`read_run`, of a finished run or a folder with only a model; ValueError if interrupted."""
+    """`read_run`, of a finished run or a folder with only a model. ValueError if interrupted,
+    FileNotFoundError if neither."""
     run = read_run(folder)
     if run.state == "interrupted":
         raise ValueError(f"{folder} is not finished: go on with its command and --resume")
@@ -144,7 +146,7 @@ def dense_run(run, folder):
     if folder:
         dense = read_model(folder)
         if dense.settings.get("method", "none") != "none":
-            raise ValueError(f"{folder} is no dense model: it was pruned")
+            raise ValueError(f"{folder} is no dense model, but pruned: name another with --dense")
         return dense
     if not run.metrics:
         return None

@@ -31,7 +31,7 @@ def halves(token, ranks):
 
 def ranks_of(vocab_size):
     """{a token's bytes: its id} of the tokenizer that `data.tokenizer` gives, or raises."""
-    data.tokenizer(vocab_size)
+    data.tokenizer(vocab_size)  # raises for another size, or if GPT-2's is out of reach
     if vocab_size != 50257:
         return {bytes([byte]): byte for byte in range(256)}
     import tiktoken
@@ -48,7 +48,8 @@ def vocabulary(ranks):
 def tokenizer_json(vocab_size):
     """What tokenizer.json says of the tokenizer that `data.tokenizer` gives, or raises."""
     eot, ranks = vocab_size - 1, ranks_of(vocab_size)
-    texts = dict(zip(ranks, vocabulary(ranks)))
+    vocab = vocabulary(ranks)
+    texts = dict(zip(ranks, vocab))  # in the same order
     longer = (token for token in sorted(ranks, key=ranks.get) if len(token) > 1)
     merges = [" ".join(map(texts.get, halves(token, ranks))) for token in longer]
     bytewise = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True,
@@ -57,7 +58,7 @@ def tokenizer_json(vocab_size):
                normalized=False, special=True)
     model = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
                  end_of_word_suffix=None, fuse_unk=False, byte_fallback=False,
-                 vocab=vocabulary(ranks) | {END: eot}, merges=merges)
+                 vocab=vocab | {END: eot}, merges=merges)
     return dict(version="1.0", truncation=None, padding=None, added_tokens=[end], normalizer=None,
                 pre_tokenizer=bytewise, post_processor=None, decoder=bytewise, model=model)
 
@@ -75,20 +76,21 @@ def write_tokenizer(folder, vocab_size, n_positions):
         with whole(folder / name) as file:
             file.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
 
+
 def check_tokenizer(folder, vocab_size):
     """ValueError if the model in `folder` comes with another vocabulary than `data.tokenizer`'s:
     it would read other tokens than it was trained on. Where there is none, none is known."""
     file = next((Path(folder, name) for name in FILES if Path(folder, name).exists()), None)
     if file is None:
         return
-    ours = vocabulary(ranks_of(vocab_size))
+    ours, usual = vocabulary(ranks_of(vocab_size)), "GPT-2's" if vocab_size == 50257 else "bytes"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         its = content["model"]["vocab"] if file.name == FILES[0] else content
         same = ours.items() <= its.items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged, or no byte-level BPE's as GPT-2's: without it, texts "
-                         "are read as GPT-2 reads them") from error
+        raise ValueError(f"{file} is damaged, or of another kind than {usual}: put it back, or "
+                         f"remove it to have texts read as {usual}") from error
     if not same:
-        raise ValueError(f"{file} is another tokenizer than GPT-2's, by which texts would be read "
-                         "here: such models can't be trained or measured")
+        raise ValueError(f"{file} is another tokenizer than {usual}, as which texts are read here: "
+                         "take a model that was trained with that")

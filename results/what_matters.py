@@ -262,9 +262,10 @@ def read_rows():
     texts = "command", "widths", "data"
     try:
         with open(CSV, newline="") as lines:
-            rows = [*csv.DictReader(lines)]
-        if any(None in row.values() for row in rows):
-            raise ValueError("a row is cut off")
+            reader = csv.DictReader(lines)
+            rows = [*reader]
+        if tuple(reader.fieldnames or ()) != COLUMNS or any(None in row.values() for row in rows):
+            raise ValueError("other columns, or a row that is cut off")
         return {row["command"]: {
             name: row[name] if name in texts else float(row[name]) if row[name] else None
             for name in COLUMNS} for row in rows}
@@ -333,13 +334,15 @@ def watched(fine_prune, file):
 
 
 def end_with_parent():
-    """What `kill -9` has ended goes on elsewhere: this process would be in its way."""
+    """Wait for the study's end. One that is killed can't stop its processes, and what is left of
+    them would hold the locks of runs that the next one goes on with."""
     parent_process().join()
     os._exit(1)
 
 
 def begin_process():
-    """Let all runs of a process share their data: to read them takes as long as 30 steps."""
+    """Begin one of the processes that make runs: it ends with the study, and its runs share their
+    data, for to read them takes as long as 30 steps."""
     data.load = cache(data.load)
     Thread(target=end_with_parent, daemon=True).start()
 
@@ -447,9 +450,11 @@ def check_hash(row, known):
 
 @contextmanager
 def stopping():
-    """Whatever ends this, as Ctrl-C, stops the runs that are being made, too: they are kept."""
+    """Whatever ends this, as Ctrl-C or SIGTERM, stops the runs that are being made, too: they are
+    kept."""
     try:
-        yield
+        with cli.handling(signal.default_int_handler):
+            yield
     except BaseException as error:
         for process in active_children():  # a terminal tells them, but not `kill`
             with suppress(ProcessLookupError):
@@ -462,20 +467,17 @@ def stopping():
 
 def make(args):
     """Make all runs that are not made yet, several at a time."""
-    for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C; Windows lacks the second
-        one = getattr(signal, name, None)
-        if one and signal.getsignal(one) == signal.SIG_DFL:  # nohup ignores it
-            signal.signal(one, signal.default_int_handler)
     known, folder, running, failed = read_rows(), Path(args.out), {}, {}
     if args.only:
         check_only(args)
-    for path in filter(None, (args.data, args.data_path)):
-        if not Path(path).is_dir():
-            raise ValueError(f"{path} is no folder with data")
+    for flag, path in (("--data", args.data), ("--data-path", args.data_path)):
+        if path and not Path(path).is_dir():
+            raise ValueError(f"{flag} {path} is no folder: name one with copies of the data")
     if args.list:
         for name, flags in wanted_by(args, known).items():
-            path = flags.get("data_path")
-            print(name + f" --data-path {shlex.quote(path or '')}" * bool(path))
+            if flags.get("data_path"):
+                name += f" --data-path {shlex.quote(flags['data_path'])}"
+            print(name)
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     folder.mkdir(parents=True, exist_ok=True)
@@ -669,7 +671,9 @@ def report(args):
 
     if not any(map(is_made, questions.values())):
         raise ValueError(f"no run in {CSV} is of --model {args.model}, made in --out {args.out}")
-    for name, question in ((name, one) for name, one in questions.items() if is_made(one)):
+    for name, question in questions.items():
+        if not is_made(question):
+            continue
         tables = [f"**{question.title}**, validation loss (nats/token)",
                   table_of(study, question)] + [
             f"{measure.MEASURES[value]}:\n\n{table_of(study, question, value)}"
@@ -677,11 +681,12 @@ def report(args):
         parts[name] = "\n\n".join(filter(None, [
             *tables, differences_of(study, question), commands_of(question)]))
     at_10 = [row for name, row in study.known.items() if re.search(r"--leftover 0\.1\b", name)
+             and row["leftover"] < 0.11  # soft movement leaves more
              and not re.search(r"--(dataset|distill|seed 99|prune-until)", name)
              and re.search(r"dense0 .*--steps 400 ", name)]
     if at_10:
         parts["predictors"] = predictors(at_10)
-    if "where" in questions:
+    if "where" in parts:
         parts["measures"] = "\n\n".join(
             f"{measure.MEASURES[value]}:\n\n{table_of(study, questions['where'], value)}"
             for value in ("sensitivity", "uniqueness", "span_uniqueness"))
@@ -689,6 +694,9 @@ def report(args):
         print(*parts.values(), sep="\n\n")
         return
     draw_figures(study, questions, at_10)
+    for name in questions:
+        if name not in parts and f"<!-- {name} -->" in text:
+            print(f"no run of {name} is made: its table stays as it is")
     for name, part in parts.items():
         before, comment, rest = text.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")

@@ -586,7 +586,7 @@ MEANINGS = jsonl(*(dict(meaning_representation=n * "a", human_reference="de") fo
          {"README.md": README, "it.txt": b"text"}),
     case("its configurations are default, without cleaned", "e2e", {"validation.jsonl": MEANINGS},
          config="cleaned"),
-    case("HERE + no README.md that says which of a, b is meant", "wikitext",
+    case("HERE + files are in a, b, and no README.md + --data-path", "wikitext",
          {f"{name}/validation.txt": b"text" for name in "ab"}),
     case("dialogue + summary + a.b", "samsum", {"validation.jsonl": b'{"a": {"b": 1}}'}),
     case("dev.jsonl", "wikisql", ONE_TABLE),

@@ -326,7 +326,8 @@ def test_a_run_measured_on_other_texts_is_in_no_table_of_its_own(capsys):
         with pytest.raises(SystemExit):
             main("table", "run")
         line = capsys.readouterr().err.strip().rpartition("\n")[2]
-        assert "run/measure.json is of " in line and line.endswith("python measure.py run")
+        assert "run/measure.json is of " in line
+        assert line.endswith("first python measure.py run, or remove run/measure.json")
     evaluate("run")
     assert "| Top_v |" in table_of(capsys, "run")
     run("--method", "topv", "--out", "more", "--seed", "1")
@@ -334,7 +335,8 @@ def test_a_run_measured_on_other_texts_is_in_no_table_of_its_own(capsys):
     assert "| Top_v |" in table_of(capsys, "run", "more")  # all of the same validation texts
     with pytest.raises(SystemExit):
         main("table", "run", "more", "--metric", "uniqueness")
-    assert "(split train, examples 4 or split train, examples 8)" in capsys.readouterr().err
+    told = "--split train, --examples 4 or --split train, --examples 8: first python measure.py"
+    assert f"uniqueness was measured with {told} run more" in capsys.readouterr().err
 
 
 def test_a_pruned_model_is_no_dense_one(capsys):
@@ -342,7 +344,7 @@ def test_a_pruned_model_is_no_dense_one(capsys):
     run("--method", "topv", "--out", "run")
     with pytest.raises(SystemExit):
         main("run", "--dense", "run", "--device", "cpu", "--examples", 4)
-    assert "run is no dense model: it was pruned" in capsys.readouterr().err
+    assert "run is no dense model, but pruned" in capsys.readouterr().err
 
 
 def test_a_dense_model_with_another_vocabulary_is_refused(capsys):
@@ -391,7 +393,8 @@ def fake(folder, method, leftover=0.5, seed=0, distill=False, value=None, real=N
         for step in range(1, 30)))
     files = dict(metrics=dict(
         settings=settings, log=runs.log_state(log.read_bytes()), model=seed, started=seed,
-        data={split: dict(sha256=settings["dataset"] + split) for split in ("train", "validation")},
+        data={split: dict(sha256=settings["dataset"] + split, source="there")
+              for split in ("train", "validation")},
         block_size=64,
         start=dict(widths=[20, 20]), result=dict(val_perplexity=5.0 + seed),
         leftover=real or leftover, leftover_per_layer=[leftover] * 2))
@@ -399,8 +402,9 @@ def fake(folder, method, leftover=0.5, seed=0, distill=False, value=None, real=N
         values = dict(exact_match=value, perplexity=3.0, loss=1 - value, sensitivity=value,
                       uniqueness=0.9, span_uniqueness=None, leftover=leftover)
         counts = [[0] * 5 + [width] + [0] * 4 for width in widths]
-        files["measure"] = dict(model=seed, values=values, ratios=values, counts=counts,
-                                data=files["metrics"]["data"], on=dict(block_size=64))
+        on = dict(block_size=64, split="train", examples=512, generate=0, beams=1)
+        files["measure"] = dict(model=seed, values=values, ratios=values, counts=counts, on=on,
+                                data=files["metrics"]["data"])
     for name, content in files.items():
         runs.write_json(Path(folder, f"{name}.json"), content)
 

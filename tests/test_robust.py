@@ -255,21 +255,21 @@ def test_a_model_that_is_not_as_it_was_written_is_named(file, capsys):
 def test_a_model_with_another_tokenizer_is_neither_trained_nor_measured(file, capsys):
     write_tokenizer("small", 257, 128)  # what texts are read by
     path = Path("small", file)
-    content = json.loads(Path("small/tokenizer.json").read_text())
-    vocab = content["model"]["vocab"] if file == "vocab.json" else content
+    written = json.loads(Path("small/tokenizer.json").read_text())
+    ids = written["model"]["vocab"]
+    content = ids if file == "vocab.json" else written
     Path("small/tokenizer.json").unlink()
-    path.write_text(json.dumps(vocab))
+    path.write_text(json.dumps(content))
     run("--out run")  # the same
-    ids = vocab if file == "vocab.json" else vocab["model"]["vocab"]
     ids["a"], ids["b"] = ids["b"], ids["a"]
-    path.write_text(json.dumps(vocab))
+    path.write_text(json.dumps(content))
     says = f"small/{file} is another tokenizer"
     assert_fails(capsys, "--model small --out other", says)
     assert_fails(capsys, "--model run --distill --teacher small --out other", says)
     assert says in refused(capsys, "small", "--dataset", "stdlib", "--device", "cpu")
     for damage in "{", "[]":
         path.write_text(damage)
-        assert_fails(capsys, "--model small --out other", f"small/{file} is damaged, or no")
+        assert_fails(capsys, "--model small --out other", f"small/{file} is damaged, or of another")
     path.unlink()
     run("--out other")  # none is known
 

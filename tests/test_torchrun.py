@@ -14,7 +14,8 @@ import torch
 import data
 import train
 from prune import METHODS, Method, Pruner
-from test_train import STEP, assert_same_weights, hook, in_double, load_once, save_small
+from test_train import (STEP, Killed, assert_same_weights, die, hook, in_double, load_once,
+                        save_small)
 
 STEPS, SAVED, DEATH = 15, 8, 11  # a checkpoint comes every SAVED steps; a process dies in DEATH
 FLAGS = (f"--model small --steps {STEPS} --batch-size 8 --block-size 32 --lr 0.01 --log-every 5 "
@@ -107,6 +108,14 @@ def test_when_one_process_dies_the_job_ends_and_goes_on_from_a_checkpoint(kept):
         return torch.load(Path(out, "checkpoint.pt"), weights_only=True)["progress"]["step"]
 
     assert saved("killed-1", Path("output").read_text()) == SAVED
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        hook(patch, *STEP, DEATH, die)
+        make("gum --out alone-1", kept, "alone-1")
+    ours, theirs = (torch.load(f"{out}/checkpoint.pt", weights_only=True)["pruner"]
+                    for out in ("killed-1", "alone-1"))
+    assert ours.keys() == theirs.keys() > {"scores", "C.0", "C.1"}
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-9)
     output = torchrun(0, "gum --out killed-1 --resume", "gum --out killed-0")
     assert saved("killed-0", output) == SAVED
     make("gum --out killed-0 --resume", kept, "alone")  # as one process

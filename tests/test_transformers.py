@@ -19,14 +19,15 @@ from huggingface_hub.utils import validate_repo_id
 from test_model import FAMILIES, both_families, distance, ours, randomise, tokens
 from test_train import hook
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import measure
 import train
 from model import GPT, GPTConfig
 from results import cli
 from results.export import write_card
-from results.tokenizer import write_tokenizer
 from results.runs import read_run
+from results.tokenizer import check_tokenizer, write_tokenizer
 
 ROOT, END = Path(__file__).parents[1], "<|endoftext|>"
 TIKTOKEN = ROOT.parent / "shared" / "tiktoken_cache"
@@ -200,6 +201,18 @@ def test_the_tokenizer_is_tiktokens_or_bytes(vocab_size, family):
     assert tokenizer(f"a{END}")["input_ids"][-1] == end and len(tokenizer) == vocab_size
     assert tokenizer.decode([end, 66], skip_special_tokens=True) == tokenizer.decode([66])
     assert tokenizer.model_max_length == 77
+    tokenizer.save_pretrained("again")  # as the Hub has them
+    check_tokenizer("again", vocab_size)
+    if gpt2:
+        letters, ranks = bytes_to_unicode(), gpt2._mergeable_ranks
+        vocab = {"".join(map(letters.get, token)): i for token, i in ranks.items()}
+        Path("again/tokenizer.json").unlink()
+        Path("again/vocab.json").write_text(json.dumps(vocab | {END: end}), encoding="utf-8")
+        check_tokenizer("again", vocab_size)
+        vocab["hello"], vocab["world"] = vocab["world"], vocab["hello"]
+        Path("again/vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+        with pytest.raises(ValueError, match="another tokenizer than GPT-2's"):
+            check_tokenizer("again", vocab_size)
 
 
 # Runs.
@@ -283,13 +296,14 @@ def test_the_card_says_what_was_left_out(runs):
     assert "(2 examples, longer than a block, are left out)" in ModelCard.load("gum/README.md").text
 
 
-@pytest.mark.parametrize("name", ["mit leer é 日本", "a--b..c", "-x.", "日", "gum=1_2-seed0.v2"])
+@pytest.mark.parametrize("name", ["mit leer é 日本", "a--b..c", "-x.", "日", "gum=1_2-seed0.v2",
+                                  "a" * 95 + "-b"])
 def test_the_cards_name_for_the_hub_is_one(name, runs):
     ours().save_pretrained(name)
     write_card(name, read_run(runs / "gum").metrics)
     text = Path(name, "README.md").read_text(encoding="utf-8")
     hub_name = re.search(r"`hf upload (\S+) ", text)[1]
-    huggingface_hub.utils.validate_repo_id(f"me/{hub_name}")
+    validate_repo_id(f"me/{hub_name}")
     assert f'name = "{name}"' in text and (len(name) == 1 or set(hub_name) & set(name))
 
 
@@ -304,7 +318,7 @@ def test_the_card_names_data_set_and_model_where_the_hub_has_them(runs):
                                          settings=metrics["settings"] | how))
         card = ModelCard.load("gum/README.md")
         assert card.data.get("base_model") == base and card.data.get("datasets") == hub
-        assert ", with distillation from taught, starting" in card.text
+        assert ", with distillation from out/taught, starting" in card.text
         assert f"from {base or 'a dense model of the same data'}." in card.text
 
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from test_train import SMALL, save_small
 
 import data
@@ -148,13 +149,26 @@ def test_a_row_of_other_data_is_refused_and_none_is_lost(made, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", [
-    b"\xff\xfe", b"command,loss\na,b\n", b"command,loss\na,1\n",
-    ",".join(study.COLUMNS).encode() + b"\na,1.0\n"])
+    b"", b"\xff\xfe", b"command,loss\na,b\n", b"command,loss\na,1\n",
+    ",".join((*study.COLUMNS, "more")).encode(), ",".join(study.COLUMNS).encode() + b"\na,1.0\n"])
 def test_rows_that_are_no_longer_what_was_written_are_told(damage, made):
     study.CSV.write_bytes(damage)
     with pytest.raises(ValueError, match="what-matters.csv is damaged"):
         make()
     assert study.CSV.read_bytes() == damage and not made
+
+
+def test_the_table_is_locked_while_a_row_is_added(made, monkeypatch):
+    write_rows = study.write_rows
+
+    def write(rows):
+        with pytest.raises(Timeout):
+            FileLock("what-matters.lock", timeout=0).acquire()
+        write_rows(rows)
+
+    monkeypatch.setattr(study, "write_rows", write)
+    make(only="^memory$")
+    assert made
 
 
 def test_rows_that_another_study_makes_meanwhile_are_kept(made, monkeypatch):
@@ -171,7 +185,7 @@ def test_rows_that_another_study_makes_meanwhile_are_kept(made, monkeypatch):
 
 
 def test_a_listed_command_names_its_data_and_data_that_are_missing_are_told(made, capsys):
-    with pytest.raises(ValueError, match="hub is no folder"):
+    with pytest.raises(ValueError, match="--data hub is no folder"):
         make(list=True, data="hub")
     Path("hub").mkdir()
     make(only="^memory$")  # and with it the dense model
@@ -181,12 +195,12 @@ def test_a_listed_command_names_its_data_and_data_that_are_missing_are_told(made
     assert lines and all(line.endswith(" --data-path hub/tuetschek/e2e_nlg") for line in lines)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_what_ends_a_job_ends_it_as_ctrl_c_does(name, made, monkeypatch):
     if not hasattr(signal, name):
         pytest.skip("not on Windows")
     one, make_run = getattr(signal, name), study.make_run
-    before = signal.signal(one, signal.SIG_DFL)
+    usual = signal.signal(one, before := lambda *_: pytest.fail("it was not told"))
 
     def told_to_end(flags, folder):
         os.kill(os.getpid(), one)
@@ -196,9 +210,9 @@ def test_what_ends_a_job_ends_it_as_ctrl_c_does(name, made, monkeypatch):
     try:
         with pytest.raises(KeyboardInterrupt):
             make()
+        assert signal.getsignal(one) is before and not made
     finally:
-        signal.signal(one, before)
-    assert not made
+        signal.signal(one, usual)
 
 
 POOL = """import time
