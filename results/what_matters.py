@@ -615,10 +615,17 @@ def predictors(rows):
 
 
 def curves_of(study, question):
-    """A panel's curves: the loss of every run by the number in its column's name."""
-    return [(row, [float(re.sub("[^0-9.]", "", column)) / (100 if "%" in column else 1)], [loss])
-            for row, columns in question.table.items() for column in columns if column != "all"
-            for loss in rows_of(study, question, row, column).values()]
+    """A panel's curves: the loss of every run by the number in its column's name, or, where that
+    is what should be left, by what is left on average."""
+    curves = []
+    for row, columns in question.table.items():
+        for column in (name for name in columns if name != "all"):
+            x = float(re.sub("[^0-9.]", "", column)) / (100 if "%" in column else 1)
+            if re.fullmatch(r"\d+%", column):
+                x = fmean(rows_of(study, question, row, column, "leftover").values() or [x])
+            losses = rows_of(study, question, row, column).values()
+            curves += [(row, [x], [loss]) for loss in losses]
+    return curves
 
 
 def draw_figures(study, questions, at_10):
@@ -629,7 +636,7 @@ def draw_figures(study, questions, at_10):
         styles[name] = dict(color=color, marker=marker)
     styles["Global Top_v"] |= dict(ls="--", mfc=styles["Top_v"]["color"])
     styles |= {"each layer": styles["Top_v"], "all layers": styles["Global Top_v"]}
-    shown = {("by leftover", "leftover wanted (share of neurons)"): "methods",
+    shown = {("by leftover", "leftover (share of neurons)"): "methods",
              ("by end of pruning, 10 % left", "share of the steps"): "when",
              ("by weight of uniqueness, 10 % left", "lambda_gum"): "uniqueness"}
     figures = {"what-matters": shown, "how-long": {("10 % left", "steps"): "how-long"}}
