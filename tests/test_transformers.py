@@ -390,8 +390,8 @@ def test_an_export_refuses_what_it_can_not_do(runs, capsys):
     Path("full").mkdir()
     Path("full/file").write_text("mine")
     Path("file").write_text("mine")
-    for words, says in (([runs / "gum", "--out", "full"], "full exists and is not empty"),
-                        ([runs / "gum", "--out", "file"], "file exists and is not empty"),
+    for words, says in (([runs / "gum", "--out", "full"], "full is there, and no empty folder"),
+                        ([runs / "gum", "--out", "file"], "file is there, and no empty folder"),
                         ([runs / "gum", "another"], "arguments: another"),
                         (["nowhere", "--out", "new"], "nowhere is not a folder")):
         with pytest.raises(SystemExit) as stopped:
