@@ -88,13 +88,14 @@ DEPENDS_ON = {  # the flags of measure.py that decide what a measure is
 def require(runs, name):
     """ValueError if not all of `runs` have the measure `name`, taken in the same way."""
     flags = DEPENDS_ON.get(name, ())
-    folders = " ".join(str(run.path) for run in runs)
+    lacking = [run for run in runs if name not in run.values]
+    folders = " ".join(str(run.path) for run in lacking or runs)
     way_out = f"first python measure.py {folders}" + " --outputs" * ("beams" in flags)
-    for run in runs:
-        if run.measures and name not in run.values:
+    for run in lacking:
+        if run.measures:
             more = f"; {way_out}" * ("beams" in flags)  # texts can still be written and scored
             raise ValueError(f"{run.path} has no {name}, but {', '.join(run.values)}{more}")
-    if any(name not in run.values for run in runs):
+    if lacking:
         raise ValueError(f"no {name}: {way_out}")
     ways = {", ".join(f"--{flag} {run.measures['on'][flag]}" for flag in flags) for run in runs}
     if len(ways) > 1:
