@@ -537,7 +537,7 @@ FLAGS = {
         mask_lr=Flag(float, "the scores' peak learning rate (soft: 10; gum, gpt2, samsum: 1e-3)",
                      USUAL["mask_lr"], None, ABOVE_0),
         lambda_mvp=Flag(float, "weight of their penalty", USUAL["lambda_mvp"], None, AT_LEAST_0),
-        lambda_gum=Flag(float, "weight of uniqueness in it (gum: 10, and 100 when distilling)",
+        lambda_gum=Flag(float, "weight of uniqueness in it (gum: 10; samsum, distilled: 100)",
                         USUAL["lambda_gum"], None, AT_LEAST_0),
         lambda_sim=Flag(float, "how fast running means forget", USUAL["lambda_sim"], None, SHARE),
         sim_tokens=Flag(int, "of so many random tokens of a step (default: all)", within=ABOVE_0),
@@ -626,10 +626,10 @@ def resolve(flags):
     if model == "tiny":
         usual |= {name: one.tiny for name, one in ALL_FLAGS.items() if one.tiny is not None}
     usual |= METHODS[method].defaults
-    if method == "gum" and distill:
-        usual["lambda_gum"] = 100.0
     if dataset == "samsum":
         usual["epochs"] = 3.0
+        if method == "gum" and distill:
+            usual["lambda_gum"] = 100.0
         if (method, model) == ("gum", "gpt2"):
             usual["mask_lr"] = 1e-3
     by_steps = "steps" in given or usual["steps"] and "epochs" not in given

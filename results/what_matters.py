@@ -79,7 +79,7 @@ def command(flags):
     the place of data, which are known by their hash."""
     usual = defaults_of(flags["method"]) | dict(seed=0, dataset="stdlib")
     if flags["method"] == "gum" and flags.get("distill"):
-        del usual["lambda_gum"]  # is another then
+        del usual["lambda_gum"]  # is another for some data then
     given = {name: flags[name] for name in train.ALL_FLAGS if name in flags and name != "data_path"
              and flags[name] is not None and flags[name] != usual.get(name)}
     return command_of(SimpleNamespace(**given))

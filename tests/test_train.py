@@ -181,6 +181,13 @@ def test_other_settings_have_other_names_none_longer_than_60_characters():
     assert all(name.count("/") == 1 for name in names)
 
 
+def test_uniqueness_weighs_as_much_when_distilling_but_for_the_papers_samsum():
+    weights = {words: train.resolve(train.parse(f"--device cpu {words}".split())).lambda_gum
+               for words in ("", "--distill", "--dataset samsum", "--dataset samsum --distill",
+                             "--dataset samsum --distill --method topv")}
+    assert [*weights.values()] == [10, 10, 10, 100, 0]
+
+
 # The ways through: tiny, pruned starts, epochs, teachers, and what changes nothing but rounding.
 
 

@@ -271,7 +271,7 @@ def test_a_commands_defaults_are_left_out_so_that_no_run_has_two():
     gum = dict(method="gum", seed=0, lambda_gum=10.0, scope="global", prune_until=0.7, distill=None)
     assert study.command(gum) == "python train.py --method gum"
     assert study.command(gum | dict(data_path="x")) == study.command(gum)
-    taught = gum | dict(distill=True, lambda_gum=10.0)  # is not the default then
+    taught = gum | dict(distill=True, lambda_gum=10.0)  # always said then
     assert study.command(taught) == "python train.py --method gum --lambda-gum 10.0 --distill"
     for flags in (gum, taught, dict(method="soft", scope=None, lambda_mvp=20.0)):
         words = shlex.split(study.command(flags))[2:]
