@@ -85,6 +85,36 @@ def magnitude(mlp, _):
     return (w1.square().sum(1) + b1.square() + w2.square().sum(0)).sqrt()
 
 
+def surgeon(slope, C, ridge=1e-2):
+    """S_j = E[(dL/dh_j)^2] / (C^-1)_jj: what the loss gains if j goes and the others of its layer
+    take over what they can of it, "Optimal Brain Surgeon" for whole neurons. [k]
+
+    1 / (C^-1)_jj is the least E[(h_j - sum a_i h_i)^2] over all a: the part of h_j that no linear
+    combination gives (the paper's footnote 4 calls that too expensive). `slope` [k] is how much
+    the loss minds an error in h_j: with its mean square for the Hessian and the two factors apart,
+    as in K-FAC. C [k, k] is E[h h^T], up to a factor.
+    """
+    eye = torch.eye(len(C)).to(C)
+    half = torch.linalg.solve_triangular(cholesky(C, ridge), eye, upper=False)  # C^-1 = half^T half
+    return slope / half.square().sum(0)
+
+
+def take_over(mlp, C, kept, lost, ridge=1e-2):
+    """Have the neurons `kept` [k] do what they can of the part of those `lost` [l]: W2 gets the
+    columns that give the layer's output with the least squared error over the tokens of C [m, m].
+    """
+    w2, lower = mlp.c_proj.weight, cholesky(C[kept[:, None], kept], ridge)  # [d, m] [k, k]
+    shares = torch.cholesky_solve(C[kept[:, None], lost], lower)  # h_lost = shares^T h_kept [k, l]
+    w2[:, kept] += w2[:, lost] @ shares.T
+
+
+def cholesky(C, ridge):
+    """Of C [k, k] with `ridge` times the mean of its diagonal added to that: lower [k, k]. No error
+    if C is not finite: then training tells."""
+    added = ridge * C.diagonal().mean() + torch.finfo(C.dtype).tiny
+    return torch.linalg.cholesky_ex(C + added * torch.eye(len(C)).to(C)).L
+
+
 def similarity(C):
     """|sim(h_i, h_j)| = |C_ij| / (C_ii C_jj)^(1/2) (eq. 3, Algorithm 1) [k, k], from `C` [k, k].
 
@@ -118,6 +148,8 @@ class Method(NamedTuple):
     learned: bool = False  # S starts at 0 and moves by its gradient; else it is drawn once,
     score: Callable = None  # or computed at every step: (mlp, measured [m]) -> S [m]
     measure: Callable = None  # h [tokens, k] -> [tokens, k], whose running mean is `measured`
+    surgery: bool = False  # `measure` sees dL/dh, `score` is (measured [k], C [k, k]) -> S [k], and
+    # the others take over for good what leaves
     threshold: bool = False  # keep what is above a rising tau_t, not the best v_t
     defaults: dict = {}  # of flags, where the general ones do not suit
 
@@ -132,6 +164,10 @@ METHODS = {
     "gum": Method("GUM", "Globally Unique Movement: learned scores, the best of the whole network, "
                   "similar neurons penalised", learned=True,
                   defaults=dict(scope="global", lambda_gum=10.0)),
+    "obs": Method("OBS", "Optimal Brain Surgeon: what the loss would gain without a neuron whose "
+                  "part the others take over, in all layers, early", score=surgeon,
+                  measure=torch.square, surgery=True,
+                  defaults=dict(scope="global", lambda_sim=0.1, prune_until=0.2)),
 }
 
 
@@ -139,6 +175,16 @@ def defaults_of(method):
     """The paper's settings of a method (Appendix F; lambda_mvp and tau are its released code's)."""
     return dict(scope="layer", mask_lr=1e-2, lambda_mvp=2.0, lambda_gum=0.0, lambda_sim=0.99,
                 tau=0.1, prune_until=0.7) | METHODS[method].defaults
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def chosen(values, tokens):
+    """Of `values` [B, T, k] those of the `tokens` [s], None = all, numbered through. [s, k]"""
+    values = values.flatten(0, 1)
+    return values if tokens is None else values.index_select(0, tokens)
 
 
 class Pruner(nn.Module):
@@ -165,9 +211,11 @@ class Pruner(nn.Module):
         scores = torch.zeros_like(drawn) if learned else drawn
         self.scores = nn.Parameter(scores.to(like.device), requires_grad=learned)  # S [N]
         # Running means over steps: C of each layer [m, m], and what the method measures [N].
+        with_C = learned and self.lambda_gum > 0 or self.method.surgery
         self.C = nn.ParameterList(nn.Parameter(like.new_zeros(m, m), requires_grad=False)
-                                  for m in self.widths if learned and self.lambda_gum > 0)
+                                  for m in self.widths if with_C)
         self.register_buffer("measured", like.new_zeros(N))
+        self.register_buffer("gone", torch.zeros_like(self.scores, dtype=torch.bool))  # for good
         self.sums = like.new_zeros(N + 1)  # over this step's tokens, and their number
         self.fading = set()  # the layers whose C has not taken in anything of this step yet
 
@@ -176,15 +224,18 @@ class Pruner(nn.Module):
         """Begin `step`: choose its neurons, have the MLPs skip the others. Returns how many each
         layer keeps."""
         self.fading = set(range(len(self.C)))
-        if self.method.score is not None:
+        if self.method.score is not None and not self.method.surgery:
             measured = self.measured.split(self.widths)
             self.scores.copy_(torch.cat(list(map(self.method.score, self.mlps, measured))))
         when = dict(step=step, steps=self.steps, prune_until=self.prune_until)
         v_t, progress = v_at(leftover=self.leftover, **when), 1 - cubic(**when)
+        self.recorded = not (self.method.surgery and progress == 1)  # else nobody needs it
         if v_t == 1 and not (self.method.threshold and progress):  # all stay: nothing to wait for
             for mlp in self.mlps:
                 mlp.keep = None
             return self.widths
+        if self.method.surgery and cubic(**when | dict(step=step - 1)) > 0:
+            self.scores.copy_(self.examined())  # until all are gone that should be
         layers = self.scores.split(self.widths)
         if self.method.threshold:
             tau_t = self.tau * progress
@@ -198,6 +249,8 @@ class Pruner(nn.Module):
                 shares = [k / max(m, 1) for k, m in zip(asked, self.widths, strict=True)]
             kept = [top_v(S, round(v_at(leftover=v, **when) * len(S)))
                     for S, v in zip(layers, shares)]
+        if self.method.surgery:
+            self.operate(torch.cat(kept))
         masks = torch.cat(kept).cpu().split(self.widths)  # the step's one wait for the device
         counts = [int(mask.sum()) for mask in masks]
         keep = torch.cat([mask.nonzero().squeeze(1) for mask in masks])
@@ -207,11 +260,28 @@ class Pruner(nn.Module):
             mlp.keep = indices if len(indices) < m else None
         return counts
 
+    def examined(self):
+        """The scores of a method that operates: -1 for what is gone. [N]"""
+        S = torch.full_like(self.scores, -1.0)
+        of_layers = (x.split(self.widths) for x in (self.measured, self.gone, S))
+        for C, measured, gone, of_layer in zip(self.C, *of_layers):
+            here = (~gone).nonzero().squeeze(1)  # [k]
+            of_layer[here] = self.method.score(measured[here], C[here[:, None], here])
+        return S
+
+    def operate(self, kept):
+        """What is not `kept` [N] any more is gone for good, and the others take over its part."""
+        leaving = (~kept & ~self.gone).split(self.widths)
+        for mlp, C, stay, leave in zip(self.mlps, self.C, kept.split(self.widths), leaving):
+            take_over(mlp, C, stay.nonzero().squeeze(1), leave.nonzero().squeeze(1))
+        self.gone.copy_(~kept)
+
     @contextmanager
     def recording(self, tokens=None):
         """While open, forward passes add to C and to what is measured, of their B * T tokens those
         numbered `tokens` [s], None = all. Not open when a backward pass computes h again."""
-        for layer, mlp in enumerate(self.mlps if self.C or self.method.measure else ()):
+        needed = self.recorded and (self.C or self.method.measure)
+        for layer, mlp in enumerate(self.mlps if needed else ()):
             mlp.record = partial(self.record, layer, tokens)
         try:
             yield
@@ -230,27 +300,34 @@ class Pruner(nn.Module):
     @torch.no_grad()
     def record(self, layer, tokens, h):
         """Add one layer's h [B, T, k]; a pruned neuron's h = 0 would add nothing."""
-        h = h.flatten(0, 1)  # [B T, k]
-        h = h if tokens is None else h.index_select(0, tokens)  # [tokens, k]
+        if self.method.surgery:  # or dL/dh, once it is known
+            h.register_hook(lambda slope: self.measure(layer, tokens, slope / world_size()))
+        elif self.method.measure is not None:
+            self.measure(layer, tokens, h)
         if self.C:  # Algorithm 1: C <- (1 - lambda_sim) C + lambda_sim h^T h
             C = self.C[layer]
             if layer in self.fading:  # once a step, from however many micro-batches h comes
                 C *= 1 - self.lambda_sim
                 self.fading.remove(layer)
+            h = chosen(h, tokens)  # [tokens, k]
+            h = h.to(C.dtype) if self.method.surgery else h  # C is to have an inverse
             # `average` takes the mean over processes: counted so often, that is the batch's sum.
-            times = dist.get_world_size() if dist.is_initialized() else 1
-            C[self.at(layer, 2)] += self.lambda_sim * times * (h.T @ h).to(C.dtype)
-        if self.method.measure is not None:
-            sums = self.sums[:-1].split(self.widths)[layer]  # [m]
-            sums[self.at(layer)] += self.method.measure(h.to(sums.dtype)).sum(0)
-            self.sums[-1] += len(h) * (layer == 0)
+            C[self.at(layer, 2)] += self.lambda_sim * world_size() * (h.T @ h).to(C.dtype)
+
+    @torch.no_grad()
+    def measure(self, layer, tokens, values):
+        """Add what the method measures of `values` [B, T, k], one layer's h or dL/dh."""
+        values = chosen(values, tokens)  # [tokens, k]
+        sums = self.sums[:-1].split(self.widths)[layer]  # [m]
+        sums[self.at(layer)] += self.method.measure(values.to(sums.dtype)).sum(0)
+        self.sums[-1] += len(values) * (layer == 0)
 
     def average(self):
         """Of several processes: C of the kept neurons, of which each has seen its own tokens,
         becomes the mean of all. (A pruned neuron's only fades, everywhere alike.)"""
         if dist.is_initialized():
             for layer, C in enumerate(self.C):
-                kept = C[self.at(layer, 2)] / dist.get_world_size()  # [k, k]
+                kept = C[self.at(layer, 2)] / world_size()  # [k, k]
                 dist.all_reduce(kept)
                 C[self.at(layer, 2)] = kept
 
@@ -265,7 +342,9 @@ class Pruner(nn.Module):
     @torch.no_grad()
     def update(self, step):
         """End `step`, before the optimizer's: the scores get their gradient (eq. 1 and 4)."""
-        if self.method.measure is not None:
+        if self.recorded:
+            self.average()
+        if self.recorded and self.method.measure is not None:
             if dist.is_initialized():
                 dist.all_reduce(self.sums)
             self.measured.lerp_(self.sums[:-1] / self.sums[-1].clamp(min=1), self.lambda_sim)
@@ -278,7 +357,6 @@ class Pruner(nn.Module):
             lambda_t = self.lambda_mvp * (1 - cubic(**when))  # tau_t / tau
         else:
             lambda_t = self.lambda_mvp * v_at(leftover=self.leftover, **when) / self.leftover
-        self.average()
         U = self.uniqueness()
         self.scores.grad = torch.cat([movement(mlp) for mlp in self.mlps])
         with torch.enable_grad():  # adds to it; U carries no gradient

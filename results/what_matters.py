@@ -55,12 +55,12 @@ SEEDS, TUNING = 5, 99  # how many a table has, and the one that chooses learning
 STEPS, DENSE_STEPS = 400, 6000  # of `tiny`; a Hub's model is trained as long as the paper does
 LEFTOVERS = (0.75, 0.5, 0.25, 0.1)
 DENSE, RANDOM, TOP_V, GUM = (dict(method=name) for name in ("none", "random", "topv", "gum"))
-MAGNITUDE, SOFT = dict(method="magnitude"), dict(method="soft")
+MAGNITUDE, SOFT, OBS = (dict(method=name) for name in ("magnitude", "soft", "obs"))
 GLOBAL, EARLY = TOP_V | dict(scope="global"), GUM | dict(prune_until=0.3)
 METHODS = {"Magnitude": MAGNITUDE, "Random": RANDOM, "Top_v": TOP_V, "Soft movement": SOFT,
-           "Global Top_v": GLOBAL, "GUM": GUM}
-MAIN = {name: METHODS[name] for name in ("Random", "Top_v", "Global Top_v", "GUM")}
-PAIRS = (("Top_v", "Random"), ("Global Top_v", "Top_v"), ("GUM", "Global Top_v"))
+           "Global Top_v": GLOBAL, "GUM": GUM, "OBS": OBS}
+MAIN = {name: METHODS[name] for name in ("Random", "Top_v", "Global Top_v", "GUM", "OBS")}
+PAIRS = (("Top_v", "Random"), ("Global Top_v", "Top_v"), ("GUM", "Global Top_v"), ("OBS", "GUM"))
 
 
 class Question(NamedTuple):
@@ -136,16 +136,16 @@ class Study:
 
     def tuned(self, how, leftover=0.1, dense=0, distill=None, teacher=None, **more):
         """The flags of a method: `how`, and the rate, and for soft movement and GUM the lambda,
-        that suit it. Leftovers up to 25 % have those of 10 %, others those of 50 %; ends up to 30 %
-        the rate of 30 %, others that of 70 %; longer trainings and other dense models those of
-        STEPS from dense0. None as long as they are not known."""
+        that suit it. 75 % left has those of 50 %; ends up to 30 % the rate of 30 %, others that of
+        70 %; longer trainings and other dense models those of STEPS from dense0. None as long as
+        they are not known."""
         flags, given = self.start() | how | dict(distill=distill, teacher=teacher), dict(more)
         if "dataset" in more:
             flags |= more
         if more.get("steps", STEPS) < STEPS and self.tiny:
             flags["steps"] = more["steps"]
         if how["method"] != "none":
-            flags["leftover"] = 0.1 if leftover <= 0.25 else 0.5
+            flags["leftover"] = min(leftover, 0.5)
             given["leftover"] = leftover
         if "prune_until" in how:
             flags["prune_until"] = 0.3 if how["prune_until"] <= 0.3 else 0.7
@@ -198,7 +198,7 @@ class Study:
             if self.args.data and hub:
                 more["data_path"] = str(Path(self.args.data, hub))
             rows = {"Dense": DENSE, "Top_v": TOP_V, "Global Top_v": GLOBAL, "GUM": GUM,
-                    "GUM, v reached at 30 %": EARLY}
+                    "GUM, v reached at 30 %": EARLY, "OBS": OBS}
             return Question(f"Fine-pruning on {name}, to 10 %", {
                 label: {"": self.run(how, **more)} for label, how in rows.items()},
                 PAIRS[1:] + (("GUM, v reached at 30 %", "GUM"),), 3)
@@ -222,9 +222,9 @@ class Study:
         yield "when", Question("When the leftover is reached, at 10 %", {
             name: {f"after {until:.0%}": self.run(how | dict(prune_until=until))
                    for until in (0.15, 0.3, 0.5, 0.7)}
-            for name, how in METHODS.items() if how in (TOP_V, GLOBAL, GUM)},
+            for name, how in METHODS.items() if how in (TOP_V, GLOBAL, GUM, OBS)},
             (*(((name, "after 30%"), (name, "after 70%")) for name in ("Top_v", "Global Top_v",
-                                                                       "GUM")), PAIRS[-1]))
+                                                                       "GUM", "OBS")), *PAIRS[2:]))
         weights = tuple(((scope, weight), (scope, "0")) for scope in ("each layer", "all layers")
                         for weight in ("1", "10", "100"))
         yield "uniqueness", Question("The weight of uniqueness, at 10 %", uniqueness(), weights)
@@ -418,7 +418,11 @@ def wanted_by(args, known):
         study.wanted = {}
     if all(name in known for name in wanted):  # dense models that are gone, and nobody takes
         return {}
-    return wanted
+
+    def order(item):  # dense models first, for which others wait; then the shortest
+        return "out" not in item[1], item[1].get("steps", 0)
+
+    return dict(sorted(wanted.items(), key=order))
 
 
 def check_only(args):

@@ -27,7 +27,7 @@ from prune import HeadLoss, Method, Pruner
 
 WIDTHS = (16, 12, 20)  # neurons per layer, unequal so that none is taken for another
 N = sum(WIDTHS)
-METHODS = ("magnitude", "random", "topv", "soft", "gum", "wanda")
+METHODS = ("magnitude", "random", "topv", "soft", "gum", "obs", "wanda")
 LEARNED = ("topv", "soft", "gum")
 MASK_LR = {"topv": 0.05, "soft": 1.0, "gum": 0.05}
 # A method of somebody else's: S_j = |W2's column j| (running mean of h_j^2)^(1/2), as in Wanda.
@@ -190,6 +190,27 @@ def reference_uniqueness(C, kept):
     return torch.tensor(U, dtype=torch.float64)
 
 
+def least_squares(D, columns, targets):
+    """The a [k, l] for which the `columns` [k] of D [rows, m] come nearest to its `targets` [l], by
+    least squares with a penalty of 0.01 times the columns' mean square on |a|^2."""
+    penalty = math.sqrt(0.01 * D[:, columns].square().sum(0).mean()) * torch.eye(len(columns)).to(D)
+    aims = torch.cat([D[:, targets], torch.zeros(len(columns), len(targets)).to(D)])
+    return torch.linalg.lstsq(torch.cat([D[:, columns], penalty]), aims).solution
+
+
+def reference_surgeon(D, slope, here):
+    """S [m] of one layer: for j in `here` slope_j times the least |h_j - sum a_i h_i|^2 over the
+    rows of D [rows, m], penalised by |(1, a)|^2; else -1."""
+    S = torch.full_like(slope, -1.0)
+    ridge = 0.01 * D[:, here].square().sum(0).mean()
+    rows = torch.cat([D[:, here], ridge.sqrt() * torch.eye(len(here)).to(D)])  # [rows + k, k]
+    for at, j in enumerate(here):
+        others = [i for i in range(len(here)) if i != at]
+        a = torch.linalg.lstsq(rows[:, others], rows[:, [at]]).solution
+        S[j] = slope[j] * (rows[:, [at]] - rows[:, others] @ a).square().sum()
+    return S
+
+
 def reference_loss(model, batch, label_smoothing, teacher):
     """The mean over the tokens with a target, of the cross-entropy, or of 0.3 of it and 0.6 of the
     divergence from the teacher at temperature 3, times 9."""
@@ -206,18 +227,20 @@ def reference_loss(model, batch, label_smoothing, teacher):
 
 def reference(method, batches, leftover=0.25, scope=None, weight_decay=0.1, label_smoothing=0.0,
               teacher=None, sim_tokens=None, lambda_mvp=2.0, lambda_gum=None, lambda_sim=None,
-              prune_until=0.7):
+              prune_until=None):
     """What `trained` should come to, from the whole batch of every step at once."""
     T, learned = len(batches), method in LEARNED
-    scope = scope or ("global" if method == "gum" else "layer")
+    scope = scope or ("global" if method in ("gum", "obs") else "layer")
+    prune_until = prune_until or (0.2 if method == "obs" else 0.7)
     lambda_gum = (10.0 if method == "gum" else 0.0) if lambda_gum is None else lambda_gum
-    lambda_sim = (0.1 if method == "wanda" else 0.99) if lambda_sim is None else lambda_sim
+    if lambda_sim is None:
+        lambda_sim = 0.1 if method in ("wanda", "obs") else 0.99
     model = make_model()
     for block in model.h:
         block.mlp = MaskedMLP(block.mlp)
     mlps = [block.mlp for block in model.h]
     S = torch.zeros(N, dtype=torch.float64, requires_grad=learned)  # [N]
-    if method in ("random", "none"):
+    if method in ("random", "none", "obs"):
         S = Pruner(make_model(), "random", 1.0, 10).scores.detach()  # as drawn
     groups = [dict(params=[p for p in model.parameters() if p.dim() > 1], peak=0.02, eps=1e-5,
                    weight_decay=weight_decay),
@@ -226,7 +249,9 @@ def reference(method, batches, leftover=0.25, scope=None, weight_decay=0.1, labe
         groups.append(dict(params=[S], peak=MASK_LR[method], eps=1e-4))
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0, fused=False)
     Cs = [torch.zeros(m, m, dtype=torch.float64) for m in WIDTHS]
-    square = torch.zeros(N, dtype=torch.float64)  # the running mean of h_j^2
+    square = torch.zeros(N, dtype=torch.float64)  # the running mean of h_j^2, or of (dL/dh_j)^2
+    seen_so_far = [torch.zeros(0, m, dtype=torch.float64) for m in WIDTHS]  # h, older ones fading
+    here = [list(range(m)) for m in WIDTHS]  # what is not gone
     run = SimpleNamespace(model=model, kept=[], losses=[], norms=[])
     for t, batch in enumerate(batches, 1):
         if method == "magnitude":
@@ -235,10 +260,19 @@ def reference(method, batches, leftover=0.25, scope=None, weight_decay=0.1, labe
         if method == "wanda":
             S = (torch.cat([mlp.c_proj.weight.square().sum(0) for mlp in mlps]) * square).sqrt()
         c_t = curve(t, T, prune_until)
+        if method == "obs" and leftover < 1 > c_t and curve(t - 1, T, prune_until) > 0:
+            S = torch.cat(list(map(reference_surgeon, seen_so_far, square.split(WIDTHS), here)))
         masks = reference_masks(S, method, scope, c_t, leftover)
         run.kept.append([mask.nonzero().flatten().tolist() for mask in masks])
         for mlp, mask, s in zip(mlps, masks, S.split(WIDTHS)):
             mlp.M = mask + s - s.detach() if learned else mask
+        for layer, (mlp, mask, D) in enumerate(zip(mlps, masks, seen_so_far)):
+            stay = mask.nonzero().flatten().tolist()
+            leave = [j for j in here[layer] if j not in stay]
+            if method == "obs" and leave and stay:
+                a = least_squares(D, stay, leave)  # h_leave = h_stay a
+                mlp.c_proj.weight.data[:, stay] += mlp.c_proj.weight.data[:, leave] @ a.T
+            here[layer] = stay
         optimizer.zero_grad()
         loss = reference_loss(model, batch, label_smoothing, teacher)
         run.losses.append(loss.item())
@@ -247,8 +281,16 @@ def reference(method, batches, leftover=0.25, scope=None, weight_decay=0.1, labe
             whole, = data.micro_batches(batch, "cpu", sim_tokens=sim_tokens, seed=t)
             seen = whole.similar
         hs = [mlp.h.detach().flatten(0, 1)[seen] for mlp in mlps]  # [tokens, m] each
-        Cs = [(1 - lambda_sim) * C + lambda_sim * h.T @ h for C, h in zip(Cs, hs)]
-        square = (1 - lambda_sim) * square + lambda_sim * torch.cat(hs, 1).square().mean(0)
+        if method != "obs" or c_t > 0:
+            Cs = [(1 - lambda_sim) * C + lambda_sim * h.T @ h for C, h in zip(Cs, hs)]
+            fresh = torch.cat(hs, 1)  # [tokens, N]
+            if method == "obs":
+                slopes = torch.autograd.grad(loss, [mlp.h for mlp in mlps], retain_graph=True)
+                fresh = torch.cat(slopes, 2).flatten(0, 1)[seen]
+                seen_so_far = [torch.cat([math.sqrt(1 - lambda_sim) * D, math.sqrt(lambda_sim) * h])
+                               for D, h in zip(seen_so_far, hs)]
+                fresh = fresh * torch.cat(masks)  # a pruned one's counts as 0
+            square = (1 - lambda_sim) * square + lambda_sim * fresh.square().mean(0)
         if learned:
             scale = c_t * (1 - leftover) / leftover + 1  # v_t / v
             scale = 1 - c_t if method == "soft" else scale  # tau_t / tau
@@ -262,8 +304,8 @@ def reference(method, batches, leftover=0.25, scope=None, weight_decay=0.1, labe
             factor = t / (T // 10) if t <= T // 10 else (T - t) / (T - T // 10)
             group["lr"] = group["peak"] * factor
         optimizer.step()
-    run.scores, run.C = S, Cs if learned and lambda_gum else []
-    run.measured = square if method == "wanda" else torch.zeros_like(square)
+    run.scores, run.C = S, Cs if learned and lambda_gum or method == "obs" else []
+    run.measured = square if method in ("wanda", "obs") else torch.zeros_like(square)
     return run
 
 
@@ -287,6 +329,8 @@ SCOPES = [(method, scope, {}) for method in METHODS for scope in ("layer", "glob
 TRAININGS = [*SCOPES, ("none", None, dict(leftover=1.0, label_smoothing=0.2)),
              ("gum", "global", dict(teacher=TEACHER)), ("gum", "layer", dict(sim_tokens=3)),
              ("wanda", "global", dict(teacher=TEACHER, sim_tokens=3)),
+             ("obs", "global", dict(teacher=TEACHER, sim_tokens=3, lambda_sim=0.3)),
+             ("obs", "1,8,3", dict(prune_until=0.7)),
              ("topv", "layer", dict(teacher=TEACHER, label_smoothing=0.2)),
              ("gum", "1,8,3", {}), ("random", "0,0,12", {}),
              *((method, None, dict(prune_until=0.4)) for method in ("gum", "soft", "magnitude"))]
@@ -309,6 +353,7 @@ def test_training_is_the_reference_however_a_step_is_cut_up(number, way):
     run = trained(method, make_batches(30), model=model, parts=parts, scope=scope, **how)
     assert_same(run, expected(number))
     assert comebacks(run.kept) > 0 or method not in LEARNED
+    assert comebacks(run.kept) == 0 or method != "obs"
     if method not in ("none", "soft"):  # which may leave more
         assert sum(map(len, run.kept[-1])) == N // 4
         shares = {len(kept) / m for kept, m in zip(run.kept[-1], WIDTHS)}
@@ -376,7 +421,7 @@ def test_where_all_stay_nothing_is_skipped_and_that_equals_masks_of_ones(method)
 def test_a_saved_state_goes_on_bit_identically(method):
     def new(seed):
         return begin(method, 30, model=make_model(torch.float32, seed), seed=seed, lambda_gum=10.0,
-                     lambda_sim=0.3)
+                     lambda_sim=0.3, prune_until=0.7)
 
     batches, file = make_batches(30), io.BytesIO()
     whole = go_on(new(0), batches, range(1, 14))
@@ -388,7 +433,7 @@ def test_a_saved_state_goes_on_bit_identically(method):
         getattr(resumed, part).load_state_dict(state)
     whole.kept, whole.losses, whole.norms = [], [], []
     assert_same(go_on(resumed, batches, range(14, 31)), go_on(whole, batches, range(14, 31)), 0)
-    assert len(whole.C) == 3 * (method in LEARNED)
+    assert len(whole.C) == 3 * (method in (*LEARNED, "obs"))
 
 
 # The schedule.

@@ -52,7 +52,8 @@ class AtOnce:
 
 def loss_of(flags):
     """A made-up world: each method has a best rate, lambda and end, GUM the lowest loss."""
-    best = dict(none=1e-3, magnitude=2e-3, random=4e-3, topv=4e-3, soft=2e-3, gum=4e-3)
+    best = dict(none=1e-3, magnitude=2e-3, random=4e-3, topv=4e-3, soft=2e-3, gum=4e-3,
+                obs=2e-3)
     loss = 1 + abs(math.log(flags["lr"] / best[flags["method"]])) / 10 if "lr" in flags else 1
     loss += dict(random=0.3, topv=0.2, gum=0.1).get(flags["method"], 0)
     loss += abs(math.log((flags.get("lambda_gum") or 1) / 100)) / 100
@@ -111,13 +112,14 @@ def test_tables_are_made_with_what_the_tuning_runs_have_chosen(made):
     make(only="^methods$")
     runs = [flags for flags in made if flags.get("seed") in range(5) and "leftover" in flags]
     assert {(flags["method"], flags["lr"]) for flags in runs} == {
-        ("magnitude", 2e-3), ("random", 4e-3), ("topv", 4e-3), ("soft", 2e-3), ("gum", 4e-3)}
+        ("magnitude", 2e-3), ("random", 4e-3), ("topv", 4e-3), ("soft", 2e-3), ("gum", 4e-3),
+        ("obs", 2e-3)}
     assert {flags["lambda_gum"] for flags in runs if flags["method"] == "gum"} == {100.0}
     # With 2 it leaves more than it should, whatever its loss.
     assert {flags["lambda_mvp"] for flags in runs if flags["method"] == "soft"} == {20.0}
-    assert len(runs) == 6 * 4 * 5
+    assert len(runs) == 7 * 4 * 5
     tuning = [flags for flags in made if flags.get("seed") == study.TUNING]
-    assert {flags["leftover"] for flags in tuning if flags["method"] != "none"} == {0.1, 0.5}
+    assert {flags["leftover"] for flags in tuning if flags["method"] != "none"} == {0.1, 0.25, 0.5}
 
 
 def test_only_one_question_is_made_if_one_is_asked_for_and_listing_makes_nothing(made, capsys):
