@@ -85,34 +85,29 @@ def magnitude(mlp, _):
     return (w1.square().sum(1) + b1.square() + w2.square().sum(0)).sqrt()
 
 
-def surgeon(slope, C, ridge=1e-2):
-    """S_j = E[(dL/dh_j)^2] / (C^-1)_jj: what the loss gains if j goes and the others of its layer
-    take over what they can of it, "Optimal Brain Surgeon" for whole neurons. [k]
-
-    1 / (C^-1)_jj is the least E[(h_j - sum a_i h_i)^2] over all a: the part of h_j that no linear
-    combination gives (the paper's footnote 4 calls that too expensive). `slope` [k] is how much
-    the loss minds an error in h_j: with its mean square for the Hessian and the two factors apart,
-    as in K-FAC. C [k, k] is E[h h^T], up to a factor.
-    """
-    eye = torch.eye(len(C)).to(C)
-    half = torch.linalg.solve_triangular(cholesky(C, ridge), eye, upper=False)  # C^-1 = half^T half
-    return slope / half.square().sum(0)
-
-
-def take_over(mlp, C, kept, lost, ridge=1e-2):
-    """Have the neurons `kept` [k] do what they can of the part of those `lost` [l]: W2 gets the
-    columns that give the layer's output with the least squared error over the tokens of C [m, m].
-    """
-    w2, lower = mlp.c_proj.weight, cholesky(C[kept[:, None], kept], ridge)  # [d, m] [k, k]
-    shares = torch.cholesky_solve(C[kept[:, None], lost], lower)  # h_lost = shares^T h_kept [k, l]
-    w2[:, kept] += w2[:, lost] @ shares.T
-
-
-def cholesky(C, ridge):
-    """Of C [k, k] with `ridge` times the mean of its diagonal added to that: lower [k, k]. No error
-    if C is not finite: then training tells."""
+def cholesky(C, ridge=1e-2):
+    """The lower L [k, k] of L L^T = C + ridge * (mean of C's diagonal). Not finite if C is not."""
     added = ridge * C.diagonal().mean() + torch.finfo(C.dtype).tiny
     return torch.linalg.cholesky_ex(C + added * torch.eye(len(C)).to(C)).L
+
+
+def surgeon(slope, C):
+    """S_j = E[(dL/dh_j)^2] / (C^-1)_jj, what the loss would gain without j if the others of its
+    layer took over what they can of it: Optimal Brain Surgeon for whole neurons. [k]
+
+    1 / (C^-1)_jj = min over a of E[(h_j - sum_i a_i h_i)^2], the part of h_j that no linear
+    combination of the others gives, where C = E[h h^T] [k, k]. `slope` [k], E[(dL/dh_j)^2], is how
+    much the loss minds it, to second order with Fisher's matrix for the Hessian, as in K-FAC.
+    """
+    half = torch.linalg.solve_triangular(cholesky(C), torch.eye(len(C)).to(C), upper=False)
+    return slope / half.square().sum(0)  # C^-1 = half^T half
+
+
+def take_over(w2, C, kept, lost):
+    """Add to the columns `kept` [k] of W2 [d, m] what gives the layer's output without those `lost`
+    [l] with the least squared error, where C = E[h h^T] [m, m]."""
+    a = torch.cholesky_solve(C[kept[:, None], lost], cholesky(C[kept[:, None], kept]))  # [k, l]
+    w2[:, kept] += w2[:, lost] @ a.T  # for h_lost is about a^T h_kept
 
 
 def similarity(C):
@@ -148,8 +143,8 @@ class Method(NamedTuple):
     learned: bool = False  # S starts at 0 and moves by its gradient; else it is drawn once,
     score: Callable = None  # or computed at every step: (mlp, measured [m]) -> S [m]
     measure: Callable = None  # h [tokens, k] -> [tokens, k], whose running mean is `measured`
-    surgery: bool = False  # `measure` sees dL/dh, `score` is (measured [k], C [k, k]) -> S [k], and
-    # the others take over for good what leaves
+    surgery: bool = False  # what leaves is gone for good, and the others take over its part; then
+    # `measure` sees dL/dh instead of h, and `score` is (measured [k], C [k, k]) -> S [k]
     threshold: bool = False  # keep what is above a rising tau_t, not the best v_t
     defaults: dict = {}  # of flags, where the general ones do not suit
 
@@ -164,10 +159,9 @@ METHODS = {
     "gum": Method("GUM", "Globally Unique Movement: learned scores, the best of the whole network, "
                   "similar neurons penalised", learned=True,
                   defaults=dict(scope="global", lambda_gum=10.0)),
-    "obs": Method("OBS", "Optimal Brain Surgeon: what the loss would gain without a neuron whose "
-                  "part the others take over, in all layers, early", score=surgeon,
-                  measure=torch.square, surgery=True,
-                  defaults=dict(scope="global", lambda_sim=0.1, prune_until=0.2)),
+    "obs": Method("OBS", "Optimal Brain Surgeon, not the paper's: what the loss would gain without "
+                  "a neuron whose part the others take over", score=surgeon, measure=torch.square,
+                  surgery=True, defaults=dict(scope="global", lambda_sim=0.1, prune_until=0.2)),
 }
 
 
@@ -229,7 +223,8 @@ class Pruner(nn.Module):
             self.scores.copy_(torch.cat(list(map(self.method.score, self.mlps, measured))))
         when = dict(step=step, steps=self.steps, prune_until=self.prune_until)
         v_t, progress = v_at(leftover=self.leftover, **when), 1 - cubic(**when)
-        self.recorded = not (self.method.surgery and progress == 1)  # else nobody needs it
+        needed = self.method.measure or self.C  # and once all are gone that should be, nothing is
+        self.recorded = bool(needed) and not (self.method.surgery and progress == 1)
         if v_t == 1 and not (self.method.threshold and progress):  # all stay: nothing to wait for
             for mlp in self.mlps:
                 mlp.keep = None
@@ -261,7 +256,7 @@ class Pruner(nn.Module):
         return counts
 
     def examined(self):
-        """The scores of a method that operates: -1 for what is gone. [N]"""
+        """The scores where what leaves is gone for good: -1 for that. [N]"""
         S = torch.full_like(self.scores, -1.0)
         of_layers = (x.split(self.widths) for x in (self.measured, self.gone, S))
         for C, measured, gone, of_layer in zip(self.C, *of_layers):
@@ -270,18 +265,19 @@ class Pruner(nn.Module):
         return S
 
     def operate(self, kept):
-        """What is not `kept` [N] any more is gone for good, and the others take over its part."""
+        """Have those that stay, of `kept` [N], take over the part of those that leave."""
         leaving = (~kept & ~self.gone).split(self.widths)
-        for mlp, C, stay, leave in zip(self.mlps, self.C, kept.split(self.widths), leaving):
-            take_over(mlp, C, stay.nonzero().squeeze(1), leave.nonzero().squeeze(1))
+        for mlp, C, *masks in zip(self.mlps, self.C, kept.split(self.widths), leaving):
+            stay, leave = (mask.nonzero().squeeze(1) for mask in masks)
+            if len(leave):
+                take_over(mlp.c_proj.weight, C, stay, leave)
         self.gone.copy_(~kept)
 
     @contextmanager
     def recording(self, tokens=None):
         """While open, forward passes add to C and to what is measured, of their B * T tokens those
         numbered `tokens` [s], None = all. Not open when a backward pass computes h again."""
-        needed = self.recorded and (self.C or self.method.measure)
-        for layer, mlp in enumerate(self.mlps if needed else ()):
+        for layer, mlp in enumerate(self.mlps if self.recorded else ()):
             mlp.record = partial(self.record, layer, tokens)
         try:
             yield
@@ -323,9 +319,10 @@ class Pruner(nn.Module):
         self.sums[-1] += len(values) * (layer == 0)
 
     def average(self):
-        """Of several processes: C of the kept neurons, of which each has seen its own tokens,
-        becomes the mean of all. (A pruned neuron's only fades, everywhere alike.)"""
+        """Put together what several processes have seen, each of its own tokens: sums, and the mean
+        of C of the kept neurons. (A pruned neuron's only fades, everywhere alike.)"""
         if dist.is_initialized():
+            dist.all_reduce(self.sums)
             for layer, C in enumerate(self.C):
                 kept = C[self.at(layer, 2)] / world_size()  # [k, k]
                 dist.all_reduce(kept)
@@ -344,9 +341,6 @@ class Pruner(nn.Module):
         """End `step`, before the optimizer's: the scores get their gradient (eq. 1 and 4)."""
         if self.recorded:
             self.average()
-        if self.recorded and self.method.measure is not None:
-            if dist.is_initialized():
-                dist.all_reduce(self.sums)
             self.measured.lerp_(self.sums[:-1] / self.sums[-1].clamp(min=1), self.lambda_sim)
             self.sums.zero_()
         if not self.method.learned:

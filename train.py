@@ -38,6 +38,7 @@ import measure
 from model import GPT, TINY, GPTConfig, whole
 from prune import METHODS, HeadLoss, Pruner, defaults_of, lr_factor, shrink, v_at
 from results import runs
+from results.checks import check_batch, check_leftover
 from results.cli import ABOVE_0, AT_LEAST_0, DEVICE, SHARE, Flag, flag_of
 from results.compare import compare, draw_training, known_loss, report, tracker
 from results.export import command_of, write_card
@@ -321,43 +322,6 @@ def check_folder(args):
     return "new"
 
 
-def check_leftover(args, widths):
-    """ValueError if what should be left does not fit a model of these `widths`."""
-    total, asked = sum(widths), [int(k) for k in re.findall(r"\d+", args.scope or "")]
-    if args.method != "none" and not total:
-        raise ValueError(f"{args.model} has no MLP neurons left to prune")
-    if asked and (len(asked) != len(widths) or any(k > m for k, m in zip(asked, widths))):
-        raise ValueError(f"--scope {args.scope} does not fit the layers' widths: "
-                         f"{','.join(map(str, widths))}")
-    if asked and not sum(asked):
-        raise ValueError(f"--scope {args.scope} leaves no neuron at all: give a width above 0, of "
-                         f"at most {','.join(map(str, widths))}")
-    if asked and sum(asked) != round(args.leftover * total):
-        raise ValueError(f"--scope {args.scope} leaves {sum(asked):,} of {total:,} neurons: add "
-                         f"--leftover {sum(asked) / total:.8g}")
-    pools = [total] if args.scope == "global" else widths  # each of which the best are kept of
-    if total and not asked and not any(round(args.leftover * m) for m in pools):
-        raise ValueError(f"--leftover {args.leftover:g} of {total:,} neurons is none at all")
-
-
-def check_batch(args, config, train_data):
-    """ValueError if a batch can't be cut as it should, or has no room in the data or memory."""
-    parts = args.accumulate * PROCESSES
-    if args.batch_size < parts:
-        raise ValueError(f"--batch-size {args.batch_size} can't be cut into {parts}, --accumulate "
-                         f"{args.accumulate} times {PROCESSES} processes")
-    if args.batch_size > len(train_data):
-        raise ValueError(f"--batch-size {args.batch_size} is more than there are sequences to "
-                         f"train on, {len(train_data)}")
-    if args.device == "cpu" and hasattr(os, "sysconf"):  # elsewhere torch itself tells
-        tokens = args.batch_size / parts * train_data.about["tokens"] / len(train_data)
-        least = 2 * tokens * sum(8 * config.n_embd + 2 * m for m in config.mlp_widths)
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if least > memory and not args.gradient_checkpointing:
-            raise ValueError(f"a step takes over {least / 1e9:.0f} GB, and this machine has "
-                             f"{memory / 1e9:.0f}: raise --accumulate")
-
-
 def dense_for(args, flags):
     """The folder of the dense run of the same data, model and seed, or of another like it that is
     finished, and the flags that make it: the same but for pruning."""
@@ -407,7 +371,7 @@ def run(flags, implied=False):
                                       args.data_config) for split in ("train", "validation"))
     about = dict(train=train_data.about, validation=val_data.about)
     check_leftover(args, model.config.mlp_widths)
-    check_batch(args, model.config, train_data)
+    check_batch(args, PROCESSES, model.config, train_data)
     teacher = None
     if args.teacher or args.distill and not tiny:
         teacher = load_model(args.teacher or dense, args)

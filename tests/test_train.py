@@ -230,7 +230,7 @@ def test_epochs_set_the_steps():
     ("none", "none --accumulate 4"), ("gum", "gum --accumulate 4"),
     ("gum --sim-tokens 8", "gum --sim-tokens 8 --accumulate 2"),
     ("topv --distill --teacher small", "topv --distill --teacher small --accumulate 2"),
-    ("topv", "topv --gradient-checkpointing"), ("gum", "gum --compile"),
+    ("topv", "topv --gradient-checkpointing"), ("gum", "gum --compile"), ("obs", "obs --compile"),
     ("gum", "gum --gradient-checkpointing --accumulate 2"),
     ("topv", f"topv {UNTAUGHT}"), ("gum", f"gum {UNTAUGHT} --lambda-gum 10"),
     *(("none", f"{method} --leftover 1") for method in PRUNING)])
