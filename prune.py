@@ -86,28 +86,30 @@ def magnitude(mlp, _):
 
 
 def cholesky(C, ridge=1e-2):
-    """The lower L [k, k] of L L^T = C + ridge * (mean of C's diagonal). Not finite if C is not."""
+    """The lower L [k, k] of L L^T = C + ridge * (mean of C's diagonal), lest C be singular. NaN if
+    C is not finite: then so is the loss, which tells."""
     added = ridge * C.diagonal().mean() + torch.finfo(C.dtype).tiny
-    return torch.linalg.cholesky_ex(C + added * torch.eye(len(C)).to(C)).L
+    L, failed = torch.linalg.cholesky_ex(C + added * torch.eye(len(C)).to(C))
+    return torch.where(failed == 0, L, float("nan"))
 
 
-def surgeon(slope, C):
-    """S_j = E[(dL/dh_j)^2] / (C^-1)_jj, what the loss would gain without j if the others of its
+def surgeon(measured, C):
+    """S_j = E[(dL/dh_j)^2] / (C^-1)_jj, how much the loss would rise without j if the others of its
     layer took over what they can of it: Optimal Brain Surgeon for whole neurons. [k]
 
-    1 / (C^-1)_jj = min over a of E[(h_j - sum_i a_i h_i)^2], the part of h_j that no linear
-    combination of the others gives, where C = E[h h^T] [k, k]. `slope` [k], E[(dL/dh_j)^2], is how
-    much the loss minds it, to second order with Fisher's matrix for the Hessian, as in K-FAC.
+    1 / (C^-1)_jj = min over a of E[(h_j - sum_i a_i h_i)^2] is the part of h_j that the others
+    can't give, where C = E[h h^T] [k, k], and a ridge. How much the loss minds it is `measured`
+    [k], E[(dL/dh_j)^2]: to second order, with Fisher's matrix for the Hessian, as in K-FAC.
     """
     half = torch.linalg.solve_triangular(cholesky(C), torch.eye(len(C)).to(C), upper=False)
-    return slope / half.square().sum(0)  # C^-1 = half^T half
+    return measured / half.square().sum(0)  # C^-1 = half^T half
 
 
 def take_over(w2, C, kept, lost):
-    """Add to the columns `kept` [k] of W2 [d, m] what gives the layer's output without those `lost`
-    [l] with the least squared error, where C = E[h h^T] [m, m]."""
+    """W2_kept += W2_lost a^T, in place: the columns `kept` [k] of W2 [d, m] do what they can of
+    those `lost` [l], where h_lost is about a^T h_kept by least squares, and C = E[h h^T] [m, m]."""
     a = torch.cholesky_solve(C[kept[:, None], lost], cholesky(C[kept[:, None], kept]))  # [k, l]
-    w2[:, kept] += w2[:, lost] @ a.T  # for h_lost is about a^T h_kept
+    w2[:, kept] += w2[:, lost] @ a.T
 
 
 def similarity(C):
@@ -143,8 +145,8 @@ class Method(NamedTuple):
     learned: bool = False  # S starts at 0 and moves by its gradient; else it is drawn once,
     score: Callable = None  # or computed at every step: (mlp, measured [m]) -> S [m]
     measure: Callable = None  # h [tokens, k] -> [tokens, k], whose running mean is `measured`
-    surgery: bool = False  # what leaves is gone for good, and the others take over its part; then
-    # `measure` sees dL/dh instead of h, and `score` is (measured [k], C [k, k]) -> S [k]
+    surgery: bool = False  # what leaves is gone for good, and the others take over its part; with
+    # it `measure` sees dL/dh, not h, and `score` is (measured [k], C [k, k]) -> S [k]
     threshold: bool = False  # keep what is above a rising tau_t, not the best v_t
     defaults: dict = {}  # of flags, where the general ones do not suit
 
@@ -159,9 +161,10 @@ METHODS = {
     "gum": Method("GUM", "Globally Unique Movement: learned scores, the best of the whole network, "
                   "similar neurons penalised", learned=True,
                   defaults=dict(scope="global", lambda_gum=10.0)),
-    "obs": Method("OBS", "Optimal Brain Surgeon, not the paper's: what the loss would gain without "
-                  "a neuron whose part the others take over", score=surgeon, measure=torch.square,
-                  surgery=True, defaults=dict(scope="global", lambda_sim=0.1, prune_until=0.2)),
+    "obs": Method("OBS", "Optimal Brain Surgeon, not the paper's: how much the loss would rise "
+                  "without a neuron whose part the others take over", score=surgeon,
+                  measure=torch.square, surgery=True,
+                  defaults=dict(scope="global", lambda_sim=0.1, prune_until=0.2)),
 }
 
 
@@ -176,7 +179,7 @@ def world_size():
 
 
 def chosen(values, tokens):
-    """Of `values` [B, T, k] those of the `tokens` [s], None = all, numbered through. [s, k]"""
+    """The rows of the B * T in `values` [B, T, k] that `tokens` [s] numbers, None = all. [s, k]"""
     values = values.flatten(0, 1)
     return values if tokens is None else values.index_select(0, tokens)
 
@@ -209,8 +212,8 @@ class Pruner(nn.Module):
         self.C = nn.ParameterList(nn.Parameter(like.new_zeros(m, m), requires_grad=False)
                                   for m in self.widths if with_C)
         self.register_buffer("measured", like.new_zeros(N))
-        self.register_buffer("gone", torch.zeros_like(self.scores, dtype=torch.bool))  # for good
         self.sums = like.new_zeros(N + 1)  # over this step's tokens, and their number
+        self.recorded = False  # whether anything is, of this step
         self.fading = set()  # the layers whose C has not taken in anything of this step yet
 
     @torch.no_grad()
@@ -223,14 +226,14 @@ class Pruner(nn.Module):
             self.scores.copy_(torch.cat(list(map(self.method.score, self.mlps, measured))))
         when = dict(step=step, steps=self.steps, prune_until=self.prune_until)
         v_t, progress = v_at(leftover=self.leftover, **when), 1 - cubic(**when)
-        needed = self.method.measure or self.C  # and once all are gone that should be, nothing is
-        self.recorded = bool(needed) and not (self.method.surgery and progress == 1)
+        self.recorded = bool(self.C or self.method.measure)
+        self.recorded &= progress < 1 or not self.method.surgery  # for later nobody leaves
         if v_t == 1 and not (self.method.threshold and progress):  # all stay: nothing to wait for
             for mlp in self.mlps:
                 mlp.keep = None
             return self.widths
         if self.method.surgery and cubic(**when | dict(step=step - 1)) > 0:
-            self.scores.copy_(self.examined())  # until all are gone that should be
+            self.examine()
         layers = self.scores.split(self.widths)
         if self.method.threshold:
             tau_t = self.tau * progress
@@ -246,7 +249,7 @@ class Pruner(nn.Module):
                     for S, v in zip(layers, shares)]
         if self.method.surgery:
             self.operate(torch.cat(kept))
-        masks = torch.cat(kept).cpu().split(self.widths)  # the step's one wait for the device
+        masks = torch.cat(kept).cpu().split(self.widths)  # waits for the device
         counts = [int(mask.sum()) for mask in masks]
         keep = torch.cat([mask.nonzero().squeeze(1) for mask in masks])
         keep = keep.pin_memory() if self.scores.is_cuda else keep
@@ -255,23 +258,21 @@ class Pruner(nn.Module):
             mlp.keep = indices if len(indices) < m else None
         return counts
 
-    def examined(self):
-        """The scores where what leaves is gone for good: -1 for that. [N]"""
-        S = torch.full_like(self.scores, -1.0)
-        of_layers = (x.split(self.widths) for x in (self.measured, self.gone, S))
-        for C, measured, gone, of_layer in zip(self.C, *of_layers):
-            here = (~gone).nonzero().squeeze(1)  # [k]
-            of_layer[here] = self.method.score(measured[here], C[here[:, None], here])
-        return S
+    def examine(self):
+        """Compute the scores; those of what is gone are -1."""
+        of_layers = (x.split(self.widths) for x in (self.measured, self.scores))
+        for C, measured, S in zip(self.C, *of_layers):
+            here = (S != -1).nonzero().squeeze(1)  # [k]
+            S[here] = self.method.score(measured[here], C[here[:, None], here])
 
     def operate(self, kept):
-        """Have those that stay, of `kept` [N], take over the part of those that leave."""
-        leaving = (~kept & ~self.gone).split(self.widths)
-        for mlp, C, *masks in zip(self.mlps, self.C, kept.split(self.widths), leaving):
-            stay, leave = (mask.nonzero().squeeze(1) for mask in masks)
-            if len(leave):
-                take_over(mlp.c_proj.weight, C, stay, leave)
-        self.gone.copy_(~kept)
+        """Have those that stay, `kept` [N], take over the part of those that leave."""
+        of_layers = (x.split(self.widths) for x in (self.scores, kept))
+        for mlp, C, S, stays in zip(self.mlps, self.C, *of_layers):
+            lost = (~stays & (S != -1)).nonzero().squeeze(1)  # [l]
+            if len(lost):
+                take_over(mlp.c_proj.weight, C, stays.nonzero().squeeze(1), lost)
+                S[lost] = -1.0
 
     @contextmanager
     def recording(self, tokens=None):
@@ -295,11 +296,11 @@ class Pruner(nn.Module):
     @torch.compiler.disable
     @torch.no_grad()
     def record(self, layer, tokens, h):
-        """Add one layer's h [B, T, k]; a pruned neuron's h = 0 would add nothing."""
-        if self.method.surgery:  # or dL/dh, once it is known
-            h.register_hook(lambda slope: self.measure(layer, tokens, slope / world_size()))
+        """Add one layer's h [B, T, k], with surgery its dL/dh, too; a pruned neuron's are 0."""
+        if self.method.surgery:
+            h.register_hook(lambda grad: self.add_measured(layer, tokens, grad / world_size()))
         elif self.method.measure is not None:
-            self.measure(layer, tokens, h)
+            self.add_measured(layer, tokens, h)
         if self.C:  # Algorithm 1: C <- (1 - lambda_sim) C + lambda_sim h^T h
             C = self.C[layer]
             if layer in self.fading:  # once a step, from however many micro-batches h comes
@@ -307,11 +308,12 @@ class Pruner(nn.Module):
                 self.fading.remove(layer)
             h = chosen(h, tokens)  # [tokens, k]
             h = h.to(C.dtype) if self.method.surgery else h  # C is to have an inverse
-            # `average` takes the mean over processes: counted so often, that is the batch's sum.
-            C[self.at(layer, 2)] += self.lambda_sim * world_size() * (h.T @ h).to(C.dtype)
+            with torch.autocast(h.device.type, enabled=False):  # or h is bfloat16 again
+                # `average` takes the mean over processes, and this is to be the batch's sum.
+                C[self.at(layer, 2)] += self.lambda_sim * world_size() * (h.T @ h).to(C.dtype)
 
     @torch.no_grad()
-    def measure(self, layer, tokens, values):
+    def add_measured(self, layer, tokens, values):
         """Add what the method measures of `values` [B, T, k], one layer's h or dL/dh."""
         values = chosen(values, tokens)  # [tokens, k]
         sums = self.sums[:-1].split(self.widths)[layer]  # [m]

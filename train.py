@@ -494,16 +494,17 @@ FLAGS = {
         label_smoothing=Flag(float, "always 0 when distilling", 0.0, None, "in [0, 1)")),
     "pruning": dict(
         leftover=Flag(float, "v, the fraction of MLP neurons left at the end", 0.25, None, SHARE),
-        scope=Flag(scope_of, "layer or global (gum): the best of each layer, or of all; or each "
+        scope=Flag(scope_of, "layer or global (gum, obs): the best of each, or of all; or each "
                    "layer's width, as in 352,85,58,17", USUAL["scope"]),
-        prune_until=Flag(float, "the share of the steps after which v is reached",
+        prune_until=Flag(float, "the share of the steps after which v is reached (obs: 0.2)",
                          USUAL["prune_until"], None, SHARE),
         mask_lr=Flag(float, "the scores' peak learning rate (soft: 10; gum, gpt2, samsum: 1e-3)",
                      USUAL["mask_lr"], None, ABOVE_0),
         lambda_mvp=Flag(float, "weight of their penalty", USUAL["lambda_mvp"], None, AT_LEAST_0),
         lambda_gum=Flag(float, "weight of uniqueness in it (gum: 10; samsum, distilled: 100)",
                         USUAL["lambda_gum"], None, AT_LEAST_0),
-        lambda_sim=Flag(float, "how fast running means forget", USUAL["lambda_sim"], None, SHARE),
+        lambda_sim=Flag(float, "how fast running means forget (obs: 0.1)", USUAL["lambda_sim"],
+                        None, SHARE),
         sim_tokens=Flag(int, "of so many random tokens of a step (default: all)", within=ABOVE_0),
         tau=Flag(float, "soft movement's final threshold", USUAL["tau"], None, ABOVE_0)),
     "distillation": dict(
