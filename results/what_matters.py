@@ -225,6 +225,10 @@ class Study:
             for name, how in METHODS.items() if how in (TOP_V, GLOBAL, GUM, OBS)},
             (*(((name, "after 30%"), (name, "after 70%")) for name in ("Top_v", "Global Top_v",
                                                                        "GUM", "OBS")), *PAIRS[2:]))
+        yield "surgeon", Question("What OBS adds to reaching v as early, after 20 %", {
+            name: {f"{leftover:.0%}": self.run(how, leftover=leftover) for leftover in LEFTOVERS}
+            for name, how in {"Global Top_v": GLOBAL | dict(prune_until=0.2), "OBS": OBS}.items()},
+            (("OBS", "Global Top_v"),))
         weights = tuple(((scope, weight), (scope, "0")) for scope in ("each layer", "all layers")
                         for weight in ("1", "10", "100"))
         yield "uniqueness", Question("The weight of uniqueness, at 10 %", uniqueness(), weights)
