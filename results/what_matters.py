@@ -57,6 +57,7 @@ LEFTOVERS = (0.75, 0.5, 0.25, 0.1)
 DENSE, RANDOM, TOP_V, GUM = (dict(method=name) for name in ("none", "random", "topv", "gum"))
 MAGNITUDE, SOFT, OBS = (dict(method=name) for name in ("magnitude", "soft", "obs"))
 GLOBAL, EARLY = TOP_V | dict(scope="global"), GUM | dict(prune_until=0.3)
+AS_EARLY = GLOBAL | dict(prune_until=defaults_of("obs")["prune_until"])
 METHODS = {"Magnitude": MAGNITUDE, "Random": RANDOM, "Top_v": TOP_V, "Soft movement": SOFT,
            "Global Top_v": GLOBAL, "GUM": GUM, "OBS": OBS}
 MAIN = {name: METHODS[name] for name in ("Random", "Top_v", "Global Top_v", "GUM", "OBS")}
@@ -227,7 +228,7 @@ class Study:
                                                                        "GUM", "OBS")), *PAIRS[2:]))
         yield "surgeon", Question("What OBS adds to reaching v as early, after 20 %", {
             name: {f"{leftover:.0%}": self.run(how, leftover=leftover) for leftover in LEFTOVERS}
-            for name, how in {"Global Top_v": GLOBAL | dict(prune_until=0.2), "OBS": OBS}.items()},
+            for name, how in {"Global Top_v": AS_EARLY, "OBS": OBS}.items()},
             (("OBS", "Global Top_v"),))
         weights = tuple(((scope, weight), (scope, "0")) for scope in ("each layer", "all layers")
                         for weight in ("1", "10", "100"))
@@ -254,7 +255,8 @@ class Study:
             yield "how-long", Question("How long, at 10 %", {
                 name: {f"{steps:,} steps": self.run(how, steps=steps)
                        for steps in (50, 100, 200, 400, 1000, 3000)}
-                for name, how in MAIN.items()}, PAIRS, 3)
+                for name, how in (MAIN | {"Global Top_v, v as early as OBS": AS_EARLY}).items()},
+                PAIRS + (("OBS", "Global Top_v, v as early as OBS"),), 3)
             for name, steps in (("toysql", 1000), ("e2e", 400), ("wikitext", 400)):
                 yield name, transfer(name, steps)
 
@@ -697,7 +699,7 @@ def report(args):
             *tables, differences_of(study, question), commands_of(question)]))
     at_10 = [row for name, row in study.known.items() if re.search(r"--leftover 0\.1\b", name)
              and row["leftover"] < 0.11  # soft movement leaves more
-             and not re.search(r"--(dataset|distill|seed 99|prune-until)", name)
+             and not re.search(r"--(dataset|distill|seed 99|prune-until|method obs)", name)
              and re.search(r"dense0 .*--steps 400 ", name)]
     if at_10:
         parts["predictors"] = predictors(at_10)
