@@ -645,7 +645,8 @@ def draw_figures(study, questions, at_10):
         color, marker = look(how["method"])
         styles[name] = dict(color=color, marker=marker)
     styles["Global Top_v"] |= dict(ls="--", mfc=styles["Top_v"]["color"])
-    styles |= {"each layer": styles["Top_v"], "all layers": styles["Global Top_v"]}
+    styles |= {"each layer": styles["Top_v"], "all layers": styles["Global Top_v"],
+               "Global Top_v, v as early as OBS": styles["Global Top_v"] | dict(ls=":")}
     shown = {("by leftover", "leftover (share of neurons)"): "methods",
              ("by end of pruning, 10 % left", "share of the steps"): "when",
              ("by weight of uniqueness, 10 % left", "lambda_gum"): "uniqueness"}
