@@ -26,7 +26,8 @@ from results.runs import check_data, dense_run, load_model, log_state, read_json
 
 DRAWN = {  # method: colour (Okabe and Ito's, which the colour-blind can tell apart) and marker
     "none": ("#000000", "s"), "magnitude": ("#E69F00", "^"), "random": ("#56B4E9", "v"),
-    "topv": ("#009E73", "D"), "soft": ("#CC79A7", "P"), "gum": ("#D55E00", "o")}
+    "topv": ("#009E73", "D"), "soft": ("#CC79A7", "P"), "gum": ("#D55E00", "o"),
+    "obs": ("#0072B2", "*")}
 # Runs that differ in these share a table's row: these are columns or repetitions, or change no
 # result.
 NO_ROW = ("leftover", "seed", "teacher", "data_path", "device", "dtype", "compile",
@@ -329,7 +330,7 @@ def look(method):
     if method in DRAWN:
         return DRAWN[method]
     n = [name for name in METHODS if name not in DRAWN].index(method)
-    return f"C{n % 10}", "<>pX*hd"[n % 7]
+    return f"C{n % 10}", "<>pXhd"[n % 6]
 
 
 def styles_of(runs):

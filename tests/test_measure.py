@@ -577,7 +577,7 @@ def test_every_method_has_its_own_look_also_a_new_one(fakes, monkeypatch, capsys
     for _, styles in (*figures.values(), *fewer.values()):
         for name in names & styles.keys():
             looks.setdefault(name, set()).add((styles[name]["color"], styles[name]["marker"]))
-    assert looks.keys() == names - {"Magnitude", "Random"}
+    assert looks.keys() == names - {"Magnitude", "Random", "OBS"}
     colours, markers = (set(each) for each in zip(*(look for [look] in looks.values())))
     assert len(colours) == len(markers) == 6
     panels, styles = figures["training-0.25"]
