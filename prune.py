@@ -226,8 +226,8 @@ class Pruner(nn.Module):
             self.scores.copy_(torch.cat(list(map(self.method.score, self.mlps, measured))))
         when = dict(step=step, steps=self.steps, prune_until=self.prune_until)
         v_t, progress = v_at(leftover=self.leftover, **when), 1 - cubic(**when)
-        self.recorded = bool(self.C or self.method.measure)
-        self.recorded &= progress < 1 or not self.method.surgery  # for later nobody leaves
+        over = self.method.surgery and progress == 1  # nobody leaves any more
+        self.recorded = bool(self.C or self.method.measure) and not over
         if v_t == 1 and not (self.method.threshold and progress):  # all stay: nothing to wait for
             for mlp in self.mlps:
                 mlp.keep = None

@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import measure
 from model import GPT, TINY, GPTConfig, whole
-from prune import METHODS, HeadLoss, Pruner, defaults_of, lr_factor, shrink, v_at
+from prune import METHODS, HeadLoss, Pruner, chosen, defaults_of, lr_factor, shrink, v_at
 from results import runs
 from results.checks import check_batch, check_leftover
 from results.cli import ABOVE_0, AT_LEAST_0, DEVICE, SHARE, Flag, flag_of
@@ -66,8 +66,7 @@ def autocast_of(args):
 
 def hidden(model, micro):
     """The final hidden states of the tokens that are asked for the next one. [n, d]"""
-    x = model(micro.idx, head=False).flatten(0, 1)  # [B T, d]
-    return x if micro.places is None else x.index_select(0, micro.places)
+    return chosen(model(micro.idx, head=False), micro.places)
 
 
 def fine_prune(model, pruner, optimizer, micro_batches, step, args, teacher=None):
