@@ -31,21 +31,22 @@ def lr_factor(step, steps):
     return step / warmup if step <= warmup else (steps - step) / (steps - warmup)
 
 
-def cubic(step, steps, prune_until=0.7):
-    """Zhu & Gupta's curve (section 2): 1 during warm-up, 0 after the share `prune_until` of the
-    steps, counted in warm-ups as the paper's 0.7 is, the last three; a falling cubic between."""
-    warmup = warmup_steps(steps)
-    end = steps - round(10 * (1 - prune_until) * warmup)
-    if step <= warmup:
+def cubic(step, steps, prune_from=0.1, prune_until=0.7):
+    """Zhu & Gupta's curve (section 2): 1 up to the share `prune_from` of the steps, and at the
+    first; 0 after `prune_until`; a falling cubic between. Counted in tenths, as the paper's are."""
+    tenth = warmup_steps(steps)
+    start = min(max(round(10 * prune_from * tenth), 1), steps - 1)
+    end = steps - round(10 * (1 - prune_until) * tenth)
+    if step <= start:
         return 1.0
     if step > end:
         return 0.0
-    return (1 - (step - warmup) / (end - warmup)) ** 3
+    return (1 - (step - start) / (end - start)) ** 3
 
 
-def v_at(step, steps, leftover, prune_until=0.7):
+def v_at(step, leftover, **when):
     """v_t, the fraction of neurons to keep at `step`: from 1 down to v = `leftover` (section 2)."""
-    return leftover + (1 - leftover) * cubic(step, steps, prune_until)
+    return leftover + (1 - leftover) * cubic(step, **when)
 
 
 # Which neurons the scores keep.
@@ -164,14 +165,15 @@ METHODS = {
     "obs": Method("OBS", "Optimal Brain Surgeon, not the paper's: how much the loss would rise "
                   "without a neuron whose part the others take over", score=surgeon,
                   measure=torch.square, surgery=True,
-                  defaults=dict(scope="global", lambda_sim=0.1, prune_until=0.2)),
+                  defaults=dict(scope="global", lambda_sim=0.1, prune_from=0.0,
+                                prune_until=0.1)),
 }
 
 
 def defaults_of(method):
     """The paper's settings of a method (Appendix F; lambda_mvp and tau are its released code's)."""
     return dict(scope="layer", mask_lr=1e-2, lambda_mvp=2.0, lambda_gum=0.0, lambda_sim=0.99,
-                tau=0.1, prune_until=0.7) | METHODS[method].defaults
+                tau=0.1, prune_from=0.1, prune_until=0.7) | METHODS[method].defaults
 
 
 def world_size():
@@ -188,18 +190,19 @@ class Pruner(nn.Module):
     """Keeps the scores, chooses the neurons to keep at every step, and gives the scores gradients.
 
     A step is: `select(step)`; each micro-batch's forward pass `with recording(tokens)` and backward
-    pass; `update(step)`; the optimizer's step. Settings that are None are the method's own;
-    `scope` is "layer", "global", or what each layer keeps at the end: "352,85,58,17". The
-    state_dict is all that the next step depends on.
+    pass; `update(step)`; the optimizer's step. Settings have `defaults_of`'s names, None is the
+    method's own; `scope` is "layer", "global", or what each layer keeps at the end: "352,85,58,17".
+    The state_dict is all that the next step depends on.
     """
 
-    def __init__(self, model, method, leftover, steps, scope=None, lambda_mvp=None, lambda_gum=None,
-                 lambda_sim=None, tau=None, prune_until=None, seed=0):
+    def __init__(self, model, method, leftover, steps, seed=0, **settings):
         super().__init__()
-        given = dict(scope=scope, lambda_mvp=lambda_mvp, lambda_gum=lambda_gum,
-                     lambda_sim=lambda_sim, tau=tau, prune_until=prune_until)
-        for name, value in given.items():
-            setattr(self, name, defaults_of(method)[name] if value is None else value)
+        for name, usual in defaults_of(method).items():
+            given = settings.pop(name, None)
+            setattr(self, name, usual if given is None else given)
+        if settings:
+            raise TypeError(f"no such settings: {[*settings]}")
+        self.when = dict(steps=steps, prune_from=self.prune_from, prune_until=self.prune_until)
         self.method, self.leftover, self.steps = METHODS[method], leftover, steps
         self.mlps = [block.mlp for block in model.h]
         self.widths = [mlp.c_fc.out_features for mlp in self.mlps]
@@ -224,15 +227,14 @@ class Pruner(nn.Module):
         if self.method.score is not None and not self.method.surgery:
             measured = self.measured.split(self.widths)
             self.scores.copy_(torch.cat(list(map(self.method.score, self.mlps, measured))))
-        when = dict(step=step, steps=self.steps, prune_until=self.prune_until)
-        v_t, progress = v_at(leftover=self.leftover, **when), 1 - cubic(**when)
+        v_t, progress = v_at(step, self.leftover, **self.when), 1 - cubic(step, **self.when)
         over = self.method.surgery and progress == 1  # nobody leaves any more
         self.recorded = bool(self.C or self.method.measure) and not over
         if v_t == 1 and not (self.method.threshold and progress):  # all stay: nothing to wait for
             for mlp in self.mlps:
                 mlp.keep = None
             return self.widths
-        if self.method.surgery and cubic(**when | dict(step=step - 1)) > 0:
+        if self.method.surgery and cubic(step - 1, **self.when) > 0:
             self.examine()
         layers = self.scores.split(self.widths)
         if self.method.threshold:
@@ -245,7 +247,7 @@ class Pruner(nn.Module):
             if self.scope != "layer":
                 asked = map(int, self.scope.split(","))
                 shares = [k / max(m, 1) for k, m in zip(asked, self.widths, strict=True)]
-            kept = [top_v(S, round(v_at(leftover=v, **when) * len(S)))
+            kept = [top_v(S, round(v_at(step, v, **self.when) * len(S)))
                     for S, v in zip(layers, shares)]
         if self.method.surgery:
             self.operate(torch.cat(kept))
@@ -348,11 +350,10 @@ class Pruner(nn.Module):
         if not self.method.learned:
             return
         # The penalty's weight follows the schedule.
-        when = dict(step=step, steps=self.steps, prune_until=self.prune_until)
         if self.method.threshold:
-            lambda_t = self.lambda_mvp * (1 - cubic(**when))  # tau_t / tau
+            lambda_t = self.lambda_mvp * (1 - cubic(step, **self.when))  # tau_t / tau
         else:
-            lambda_t = self.lambda_mvp * v_at(leftover=self.leftover, **when) / self.leftover
+            lambda_t = self.lambda_mvp * v_at(step, self.leftover, **self.when) / self.leftover
         U = self.uniqueness()
         self.scores.grad = torch.cat([movement(mlp) for mlp in self.mlps])
         with torch.enable_grad():  # adds to it; U carries no gradient

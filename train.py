@@ -115,8 +115,8 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
     folder, per_step = Path(args.out), args.batch_size * train_data.block_size / 8 / 2048
     eval_every = args.eval_every or max(steps // 5, math.ceil(1 / per_step))
     eval_batches = min(max(int(eval_every * per_step), 1), 64)
-    pruner = Pruner(model, args.method, args.leftover, steps, args.scope, args.lambda_mvp,
-                    args.lambda_gum, args.lambda_sim, args.tau, args.prune_until, args.seed)
+    pruner = Pruner(model, args.method, args.leftover, steps, args.seed,
+                    **{name: getattr(args, name) for name in USUAL})
     optimizer = make_optimizer(model, pruner, args)
     progress = SimpleNamespace(step=0, saved=0, since=0, loss=0.0, norm=0.0, tokens=0, seconds=0.0,
                                log=runs.log_state(b""), started=runs.model_state(model))
@@ -163,7 +163,7 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
                 progress.seconds += time.perf_counter() - clock
                 check_finite(progress, args)
                 if logs:
-                    v_t = v_at(step, steps, args.leftover, pruner.prune_until)
+                    v_t = v_at(step, args.leftover, **pruner.when)
                     record = dict(v_t=v_t, widths=widths,
                                   leftover=sum(widths) / max(sum(pruner.widths), 1),
                                   lr=optimizer.param_groups[0]["lr"])
@@ -495,8 +495,10 @@ FLAGS = {
         leftover=Flag(float, "v, the fraction of MLP neurons left at the end", 0.25, None, SHARE),
         scope=Flag(scope_of, "layer or global (gum, obs): the best of each, or of all; or each "
                    "layer's width, as in 352,85,58,17", USUAL["scope"]),
-        prune_until=Flag(float, "the share of the steps after which v is reached (obs: 0.2)",
-                         USUAL["prune_until"], None, SHARE),
+        prune_from=Flag(float, "the share of the steps after which pruning begins (obs: 0)",
+                        USUAL["prune_from"], None, "in [0, 1)"),
+        prune_until=Flag(float, "and after which v is reached (obs: 0.1)", USUAL["prune_until"],
+                         None, SHARE),
         mask_lr=Flag(float, "the scores' peak learning rate (soft: 10; gum, gpt2, samsum: 1e-3)",
                      USUAL["mask_lr"], None, ABOVE_0),
         lambda_mvp=Flag(float, "weight of their penalty", USUAL["lambda_mvp"], None, AT_LEAST_0),

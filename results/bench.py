@@ -178,7 +178,7 @@ def stepper(config, shape, names, args):
     model.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
         model.compile_blocks()
-    pruners = {name: Pruner(model, ROWS[name][0], 1.0, 1000, ROWS[name][1]) for name in names}
+    pruners = {name: Pruner(model, ROWS[name][0], 1.0, 1000, scope=ROWS[name][1]) for name in names}
     last = pruners[names[-1]]
     last.scores.data.normal_()
     for pruner in pruners.values():  # all that learn scores share them, for the optimizer's sake
@@ -206,7 +206,7 @@ def some_steps(config, shape, name, args):
 def over_schedule(costs, leftover):
     """The mean cost of a step while v_t falls from 1 to `leftover`, where it is `costs` at V_TS and
     on straight lines between them."""
-    v_ts = [v_at(step, 1000, leftover) for step in range(1, 1001)]
+    v_ts = [v_at(step, leftover, steps=1000) for step in range(1, 1001)]
     return np.interp(v_ts, V_TS[::-1], costs[::-1]).mean()
 
 

@@ -57,7 +57,7 @@ LEFTOVERS = (0.75, 0.5, 0.25, 0.1)
 DENSE, RANDOM, TOP_V, GUM = (dict(method=name) for name in ("none", "random", "topv", "gum"))
 MAGNITUDE, SOFT, OBS = (dict(method=name) for name in ("magnitude", "soft", "obs"))
 GLOBAL, EARLY = TOP_V | dict(scope="global"), GUM | dict(prune_until=0.3)
-AS_EARLY = GLOBAL | dict(prune_until=defaults_of("obs")["prune_until"])
+AS_OBS = GLOBAL | {name: defaults_of("obs")[name] for name in ("prune_from", "prune_until")}
 METHODS = {"Magnitude": MAGNITUDE, "Random": RANDOM, "Top_v": TOP_V, "Soft movement": SOFT,
            "Global Top_v": GLOBAL, "GUM": GUM, "OBS": OBS}
 MAIN = {name: METHODS[name] for name in ("Random", "Top_v", "Global Top_v", "GUM", "OBS")}
@@ -148,7 +148,7 @@ class Study:
         if how["method"] != "none":
             flags["leftover"] = min(leftover, 0.5)
             given["leftover"] = leftover
-        if "prune_until" in how:
+        if "prune_until" in how and "prune_from" not in how:
             flags["prune_until"] = 0.3 if how["prune_until"] <= 0.3 else 0.7
             given["prune_until"] = how["prune_until"]
         if how["method"] == "soft":
@@ -194,8 +194,8 @@ class Study:
                            for weight in (0.0, 1.0, 3.0, 10.0, 30.0, 100.0)}
                     for name, flags in (("each layer", TOP_V), ("all layers", GLOBAL))}
 
-        def transfer(name, steps):
-            more, hub = dict(dataset=name, steps=steps), data.DATASETS[name].get("hub")
+        def transfer(name, **more):
+            more["dataset"], hub = name, data.DATASETS[name].get("hub")
             if self.args.data and hub:
                 more["data_path"] = str(Path(self.args.data, hub))
             rows = {"Dense": DENSE, "Top_v": TOP_V, "Global Top_v": GLOBAL, "GUM": GUM,
@@ -226,10 +226,15 @@ class Study:
             for name, how in METHODS.items() if how in (TOP_V, GLOBAL, GUM, OBS)},
             (*(((name, "after 30%"), (name, "after 70%")) for name in ("Top_v", "Global Top_v",
                                                                        "GUM", "OBS")), *PAIRS[2:]))
-        yield "surgeon", Question("What OBS adds to reaching v as early, after 20 %", {
+        early = {"Global Top_v, from 10 to 20 %": GLOBAL | dict(prune_until=0.2),
+                 "OBS, from 10 to 20 %": OBS | dict(prune_from=0.1, prune_until=0.2),
+                 "Global Top_v, from 0 to 10 %": AS_OBS, "OBS, from 0 to 10 %": OBS}
+        global_later, obs_later, global_now, obs_now = early
+        yield "surgeon", Question("OBS, or its schedule: when neurons leave", {
             name: {f"{leftover:.0%}": self.run(how, leftover=leftover) for leftover in LEFTOVERS}
-            for name, how in {"Global Top_v": AS_EARLY, "OBS": OBS}.items()},
-            (("OBS", "Global Top_v"),))
+            for name, how in early.items()},
+            ((obs_later, global_later), (obs_now, global_now), (obs_now, global_later),
+             (obs_now, obs_later)))
         weights = tuple(((scope, weight), (scope, "0")) for scope in ("each layer", "all layers")
                         for weight in ("1", "10", "100"))
         yield "uniqueness", Question("The weight of uniqueness, at 10 %", uniqueness(), weights)
@@ -255,10 +260,17 @@ class Study:
             yield "how-long", Question("How long, at 10 %", {
                 name: {f"{steps:,} steps": self.run(how, steps=steps)
                        for steps in (50, 100, 200, 400, 1000, 3000)}
-                for name, how in (MAIN | {"Global Top_v, v as early as OBS": AS_EARLY}).items()},
-                PAIRS + (("OBS", "Global Top_v, v as early as OBS"),), 3)
-            for name, steps in (("toysql", 1000), ("e2e", 400), ("wikitext", 400)):
-                yield name, transfer(name, steps)
+                for name, how in (MAIN | {global_later: early[global_later]}).items()},
+                PAIRS + (("OBS", global_later),), 3)
+            yield "short", Question("Short trainings", {
+                name: {f"{leftover:.0%}, {steps} steps": self.run(how, leftover=leftover,
+                                                                  steps=steps)
+                       for leftover in (0.25, 0.1) for steps in (50, 100)}
+                for name, how in METHODS.items()}, tuple(("OBS", name) for name in [*METHODS][:-1]))
+            # Steps of about as many tokens as those on stdlib; toysql is soon learned.
+            yield "toysql", transfer("toysql", steps=100)
+            yield "e2e", transfer("e2e", batch_size=8)
+            yield "wikitext", transfer("wikitext", data_config="wikitext-2-v1", block_size=64)
 
 
 def read_rows():
@@ -326,8 +338,8 @@ def watched(fine_prune, file):
     """`train.fine_prune`, that also measures, once all are pruned that should be, what is left."""
     def step_and_measure(model, pruner, optimizer, micro_batches, step, args, teacher=None):
         result = fine_prune(model, pruner, optimizer, micro_batches, step, args, teacher)
-        when = pruner.steps, pruner.prune_until
-        if pruner.leftover < 1 and cubic(step, *when) == 0 < cubic(step - 1, *when):
+        before, now = (cubic(t, **pruner.when) for t in (step - 1, step))
+        if pruner.leftover < 1 and now == 0 < before:
             small = shrink(copy.deepcopy(model)).eval()
             loss = measure.mean_loss(small, split_of(args, model.config, "validation"),
                                      nullcontext(), 32)
@@ -646,7 +658,7 @@ def draw_figures(study, questions, at_10):
         styles[name] = dict(color=color, marker=marker)
     styles["Global Top_v"] |= dict(ls="--", mfc=styles["Top_v"]["color"])
     styles |= {"each layer": styles["Top_v"], "all layers": styles["Global Top_v"],
-               "Global Top_v, v as early as OBS": styles["Global Top_v"] | dict(ls=":")}
+               "Global Top_v, from 10 to 20 %": styles["Global Top_v"] | dict(ls=":")}
     shown = {("by leftover", "leftover (share of neurons)"): "methods",
              ("by end of pruning, 10 % left", "share of the steps"): "when",
              ("by weight of uniqueness, 10 % left", "lambda_gum"): "uniqueness"}

@@ -143,12 +143,12 @@ class MaskedMLP(nn.Module):
         return self.h @ w2.T + self.c_proj.bias  # [B, T, d]
 
 
-def curve(t, T, until=0.7):
-    """How far v_t still is from v, as a share of 1 - v (T and T * until multiples of 10)."""
-    w, end = T // 10, round(T * until)
-    if t <= w:
+def curve(t, T, since=0.1, until=0.7):
+    """How far v_t still is from v, as a share of 1 - v (T and its shares multiples of 10)."""
+    start, end = max(round(T * since), 1), round(T * until)
+    if t <= start:
         return 1.0
-    return 0.0 if t > end else (1 - (t - w) / (end - w)) ** 3
+    return 0.0 if t > end else (1 - (t - start) / (end - start)) ** 3
 
 
 def best(scores, count):
@@ -227,11 +227,12 @@ def reference_loss(model, batch, label_smoothing, teacher):
 
 def reference(method, batches, leftover=0.25, scope=None, weight_decay=0.1, label_smoothing=0.0,
               teacher=None, sim_tokens=None, lambda_mvp=2.0, lambda_gum=None, lambda_sim=None,
-              prune_until=None):
+              prune_from=None, prune_until=None):
     """What `trained` should come to, from the whole batch of every step at once."""
     T, learned = len(batches), method in LEARNED
     scope = scope or ("global" if method in ("gum", "obs") else "layer")
-    prune_until = prune_until or (0.2 if method == "obs" else 0.7)
+    when = (0.0, 0.1) if method == "obs" else (0.1, 0.7)
+    when = when[0] if prune_from is None else prune_from, prune_until or when[1]
     lambda_gum = (10.0 if method == "gum" else 0.0) if lambda_gum is None else lambda_gum
     if lambda_sim is None:
         lambda_sim = 0.1 if method in ("wanda", "obs") else 0.99
@@ -259,8 +260,8 @@ def reference(method, batches, leftover=0.25, scope=None, weight_decay=0.1, labe
                                      1).norm(dim=1) for mlp in mlps])
         if method == "wanda":
             S = (torch.cat([mlp.c_proj.weight.square().sum(0) for mlp in mlps]) * square).sqrt()
-        c_t = curve(t, T, prune_until)
-        if method == "obs" and leftover < 1 > c_t and curve(t - 1, T, prune_until) > 0:
+        c_t = curve(t, T, *when)
+        if method == "obs" and leftover < 1 > c_t and curve(t - 1, T, *when) > 0:
             S = torch.cat(list(map(reference_surgeon, seen_so_far, square.split(WIDTHS), here)))
         masks = reference_masks(S, method, scope, c_t, leftover)
         run.kept.append([mask.nonzero().flatten().tolist() for mask in masks])
@@ -334,7 +335,9 @@ TRAININGS = [*SCOPES, ("none", None, dict(leftover=1.0, label_smoothing=0.2)),
              ("gum", "global", dict(teacher=TEACHER)), ("gum", "layer", dict(sim_tokens=3)),
              ("wanda", "global", dict(teacher=TEACHER, sim_tokens=3)),
              ("obs", "global", dict(teacher=TEACHER, sim_tokens=3, lambda_sim=0.3)),
-             ("obs", "1,8,3", dict(prune_until=0.7)),
+             ("obs", "1,8,3", dict(prune_until=0.7)), ("obs", "global", dict(prune_until=0.5)),
+             ("obs", "layer", dict(prune_from=0.2, prune_until=0.4)),
+             ("random", "global", dict(prune_from=0.0)),
              ("topv", "layer", dict(teacher=TEACHER, label_smoothing=0.2)),
              ("gum", "1,8,3", {}), ("random", "0,0,12", {}),
              *((method, None, dict(prune_until=0.4)) for method in ("gum", "soft", "magnitude"))]
@@ -472,7 +475,7 @@ def test_where_all_stay_nothing_is_skipped_and_that_equals_masks_of_ones(method)
 
 
 @pytest.mark.parametrize("method, until", [
-    *((method, 0.7) for method in METHODS), ("obs", 0.2)])  # where v is reached before
+    *((method, 0.7) for method in METHODS), ("obs", 0.1)])  # where v is reached before
 def test_a_saved_state_goes_on_bit_identically(method, until):
     def new(seed):
         return begin(method, 30, model=make_model(torch.float32, seed), seed=seed, lambda_gum=10.0,
@@ -495,7 +498,7 @@ def test_a_saved_state_goes_on_bit_identically(method, until):
 
 
 def test_leftover_follows_the_cubic_curve_through_its_corners():
-    v = {t: prune.v_at(t, 100, 0.2) for t in range(1, 101)}
+    v = {t: prune.v_at(t, 0.2, steps=100) for t in range(1, 101)}
     assert v[1] == v[10] == pytest.approx(1.0, abs=1e-15)
     assert v[11] == pytest.approx(0.2 + 0.8 * (59 / 60) ** 3, abs=1e-15)
     assert v[40] == pytest.approx(0.2 + 0.8 / 8, abs=1e-15)
@@ -505,20 +508,32 @@ def test_leftover_follows_the_cubic_curve_through_its_corners():
 
 @pytest.mark.parametrize("until, end", [(0.3, 30), (1.0, 100), (0.15, 15), (0.11, 11)])
 def test_leftover_is_reached_when_it_is_asked_for(until, end):
-    v = {t: prune.v_at(t, 100, 0.2, until) for t in range(1, 101)}
+    v = {t: prune.v_at(t, 0.2, steps=100, prune_until=until) for t in range(1, 101)}
     assert v[10] == 1.0 > v[11] and v[end - 1] > v[end] == v[100] == 0.2
     assert v[11] == pytest.approx(0.2 + 0.8 * ((end - 11) / (end - 10)) ** 3, abs=1e-15)
 
 
+def test_pruning_begins_when_it_is_asked_to():
+    v = {t: prune.v_at(t, 0.2, steps=100, prune_from=0.0, prune_until=0.1) for t in range(1, 101)}
+    assert v[1] == 1.0 and v[10] == v[100] == 0.2
+    assert v[2] == pytest.approx(0.2 + 0.8 * (8 / 9) ** 3, abs=1e-15)
+    v = {t: prune.v_at(t, 0.2, steps=100, prune_from=0.3) for t in range(1, 101)}
+    assert v[30] == 1.0 and v[31] == pytest.approx(0.2 + 0.8 * (39 / 40) ** 3, abs=1e-15)
+    assert v[69] > v[70] == 0.2
+
+
 def test_leftover_is_reached_at_once_if_it_should_be_before_the_warm_up_ends():
-    assert [prune.v_at(t, 100, 0.2, 0.05) for t in (1, 10, 11, 100)] == [1.0, 1.0, 0.2, 0.2]
+    assert [prune.v_at(t, 0.2, steps=100, prune_until=0.05) for t in (1, 10, 11, 100)
+            ] == [1.0, 1.0, 0.2, 0.2]
 
 
-@pytest.mark.parametrize("until", [0.1, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("since, until", [(0.0, 0.1), (0.0, 1.0), (0.1, 0.1), (0.1, 0.3),
+                                          (0.1, 0.7), (0.1, 1.0), (0.5, 0.7), (0.99, 0.2)])
 @pytest.mark.parametrize("steps", [*range(1, 13), 250])
-def test_leftover_never_rises_and_the_shortest_trainings_reach_it(steps, until):
-    v = [prune.v_at(t, steps, 0.25, until) for t in range(1, steps + 1)]
-    assert v[-1] == 0.25
+def test_leftover_never_rises_and_the_shortest_trainings_reach_it(steps, since, until):
+    v = [prune.v_at(t, 0.25, steps=steps, prune_from=since, prune_until=until)
+         for t in range(1, steps + 1)]
+    assert v[-1] == 0.25 and (v[0] == 1.0 or steps == 1)  # at first nothing is known
     assert all(0.25 <= later <= earlier <= 1.0 for earlier, later in zip(v, v[1:]))
     factors = [prune.lr_factor(t, steps) for t in range(1, steps + 1)]
     assert factors[-1] == 0.0 and all(0.0 <= factor <= 1.0 for factor in factors)
@@ -573,16 +588,18 @@ def test_a_scope_needs_a_width_for_each_layer():
 
 def test_the_papers_settings_are_the_defaults():
     paper = {method: dict(scope="layer", lambda_mvp=2.0, lambda_gum=0.0, lambda_sim=0.99, tau=0.1,
-                          prune_until=0.7)
+                          prune_from=0.1, prune_until=0.7)
              for method in ("magnitude", "random", "topv")}
     paper["gum"] = paper["topv"] | dict(scope="global", lambda_gum=10.0)
-    paper["obs"] = dict(scope="global", lambda_sim=0.1, prune_until=0.2)  # which is not the paper's
+    paper["obs"] = dict(scope="global", lambda_sim=0.1, prune_from=0.0, prune_until=0.1)
     paper["soft"], paper["wanda"] = dict(tau=0.1, lambda_gum=0.0), dict(lambda_sim=0.1)
     for method, settings in paper.items():
         assert vars(Pruner(make_model(), method, 0.25, 10)).items() >= settings.items()
         given = dict(scope="global", lambda_mvp=0.0, lambda_gum=0.0, lambda_sim=0.5, tau=0.3,
-                     prune_until=0.3)
+                     prune_from=0.2, prune_until=0.3)
         assert vars(Pruner(make_model(), method, 0.25, 10, **given)).items() >= given.items()
+    with pytest.raises(TypeError, match="lambda_gun"):
+        Pruner(make_model(), "gum", 0.25, 10, lambda_gun=1.0)
     rates = dict(topv=1e-2, gum=1e-2, soft=10.0)
     assert {method: prune.defaults_of(method)["mask_lr"] for method in LEARNED} == rates
 

@@ -580,7 +580,7 @@ def test_a_folder_that_can_t_be_made_is_told_before_data_are_read(out, capsys, m
     ("--model small --scope 30,2 --leftover 0.5", "leaves 32 of 128 neurons: add --leftover 0.25"),
     ("--model small --scope 0,0", "--scope 0,0 leaves no neuron at all"),
     ("--out \udcff", "--out|UTF-8"),
-    ("--prune-until 0", "in (0, 1]"),
+    ("--prune-until 0", "in (0, 1]"), ("--prune-from 1", "in [0, 1)"),
     ("--method none --prune-until 0.3", "--prune-until means nothing with --method none"),
     ("--teacher small", "--teacher|--distill"),
     ("--method random --lambda-gum 1", "--lambda-gum"),
