@@ -1,6 +1,7 @@
 """How fast pruning is, beside what arithmetic allows. Run from the repository's top:
 
     python -m results.bench steps --model gpt2      a step of training, by each method
+    python -m results.bench trainings --model gpt2  whole short trainings, by each method
     python -m results.bench generation out/RUN ...  reading and writing, pruned against dense
     python -m results.bench report                  this machine, all of that for a model's shape,
                                                     GPU against CPU: to paste into an issue
@@ -33,7 +34,7 @@ from tqdm import tqdm
 import data
 import measure
 from model import GPT, TINY, GPTConfig, KVCache, read_config
-from prune import Pruner, shrink, top_v, v_at
+from prune import METHODS, Pruner, shrink, top_v, v_at
 from results import cli, runs
 from results.cli import ABOVE_0, DEVICE, Flag
 from results.compare import timed
@@ -323,6 +324,45 @@ def steps(args):
     show_peak_of_steps(peak, config)
 
 
+def fine_pruned(model, pruner, shape, how):
+    """Fine-prune a random model to the end, on random tokens. Returns the losses [pruner.steps]."""
+    losses, optimizer = [], make_optimizer(model, pruner, how)
+    for step in range(1, pruner.steps + 1):
+        tokens = torch.randint(20, (shape[0], shape[1] + 1))  # of many: there is something to learn
+        batch = tokens[:, :-1], tokens[:, 1:], torch.ones(shape, dtype=torch.bool)
+        micro = data.micro_batches(batch, how.device, how.accumulate)
+        losses.append(fine_prune(model, pruner, optimizer, micro, step, how)[1])
+    return torch.stack(losses)
+
+
+def trainings(args):
+    """Time whole trainings of a few steps by each method, in turns, as ratios to plain fine-tuning:
+    unlike `steps` with all that methods do at some steps only, as OBS while it prunes."""
+    config = config_of(args.model)
+    shape = args.batch_size, min(args.block_size, config.n_positions)
+    how = SimpleNamespace(**vars(args), **LEARNING, lr=1e-4, mask_lr=1e-2)
+    torch.set_flush_denormal(True)  # as train.py does
+    names = args.methods.split(",")
+    if unknown := {*names} - {*METHODS}:
+        raise ValueError(f"--methods {args.methods}: {', '.join(unknown)} is not one of "
+                         f"{', '.join(METHODS)}")
+    cases = [("none", 1.0)] + [(name, v) for name in names for v in (0.25, 0.1)]
+    seconds = {case: [] for case in cases}
+    for turn in tqdm(range(args.rounds), unit="round", leave=False):
+        for (method, leftover), taken in seconds.items():
+            torch.manual_seed(turn)
+            model = GPT(config).to(args.device)
+            pruner = Pruner(model, method, leftover, args.steps)
+            taken += [timed(lambda: fine_pruned(model, pruner, shape, how), args.device)[0]]
+    print(f"{args.model}, {args.steps} steps of {shape[0]} x {shape[1]} tokens, {args.device}, "
+          f"{args.dtype}, {torch.get_num_threads()} threads, medians of {args.rounds} rounds. None "
+          f"takes {np.median(seconds['none', 1.0]):.4g} s.\n")
+    print_head("a whole training's time, none = 1", "to 25 %", "to 10 %")
+    for name in names:
+        print_row(name, *(f"{np.median(np.divide(seconds[name, v], seconds['none', 1.0])):.2f}"
+                          for v in (0.25, 0.1)))
+
+
 # Reading and writing.
 
 
@@ -579,32 +619,27 @@ def show_shapes(config, args):
     show_overhead(short)
 
 
-def fine_pruned(device, dtype, steps=20):
+def pruned_by_gum(device, dtype, steps=20):
     """The losses of so many steps of fine-pruning a small model by GUM to a quarter, from the same
     start on any device, and which neurons are left: [steps], bool [N]."""
     torch.manual_seed(0)
     how = SimpleNamespace(**LEARNING | dict(eps=1e-4), device=device, dtype="float32", lr=1e-3,
-                          mask_lr=1e-2)
+                          mask_lr=1e-2, accumulate=1)
     model = GPT(GPTConfig(**TINY)).to(device, dtype)
-    pruner, losses = Pruner(model, "gum", 0.25, steps), []
-    optimizer = make_optimizer(model, pruner, how)
-    for step in range(1, steps + 1):
-        tokens = torch.randint(20, (8, 65))  # of 257: there is something to learn
-        batch = tokens[:, :-1], tokens[:, 1:], torch.ones(8, 64, dtype=torch.bool)
-        micro = data.micro_batches(batch, device)
-        losses.append(fine_prune(model, pruner, optimizer, micro, step, how)[1])
+    pruner = Pruner(model, "gum", 0.25, steps)
+    losses = fine_pruned(model, pruner, (8, 64), how)
     kept = top_v(pruner.scores.detach(), len(pruner.scores) // 4)
-    return torch.stack(losses).double().cpu(), kept.cpu()
+    return losses.double().cpu(), kept.cpu()
 
 
 def show_agreement(device):
     """Whether a GPU prunes as the CPU does, beside what rounding alone changes."""
-    ours = fine_pruned("cpu", torch.float32)
-    pairs = {"CPU, float32 against float64": (ours, fine_pruned("cpu", torch.float64))}
+    ours = pruned_by_gum("cpu", torch.float32)
+    pairs = {"CPU, float32 against float64": (ours, pruned_by_gum("cpu", torch.float64))}
     if device == "cpu":
         print("There is no GPU to compare with the CPU. What rounding alone changes:\n")
     else:
-        pairs[f"float32, {device} against CPU"] = fine_pruned(device, torch.float32), ours
+        pairs[f"float32, {device} against CPU"] = pruned_by_gum(device, torch.float32), ours
     print_head("20 steps of GUM on a small model", "largest difference of losses",
                "other neurons kept")
     for label, ((losses, kept), (losses_there, kept_there)) in pairs.items():
@@ -656,15 +691,20 @@ def number(about, default=None):
 
 MACHINE = dict(device=DEVICE, rounds=number("how often to time each thing", 5),
                dtype=Flag(("float32", "bfloat16"), "of the matrix products", "float32"))
+SHAPE = dict(
+    model=Flag(str, f"whose shape to give to random weights: {', '.join(SHAPES)}, or a folder",
+               "tiny"),
+    batch_size=number("sequences per step", 4), block_size=number("tokens per sequence", 256),
+    accumulate=number("in so many micro-batches", 1))
 FLAGS = dict(
     steps=dict(
-        model=Flag(str, f"whose shape to give to random weights: {', '.join(SHAPES)}, or a folder",
-                   "tiny"),
-        batch_size=number("sequences per step", 4), block_size=number("tokens per sequence", 256),
-        accumulate=number("in so many micro-batches", 1),
+        **SHAPE,
         sim_tokens=number("time gum with so many tokens for the similarity, too"),
         distill=Flag(None, "time all with a teacher, too"), compile=Flag(None, "as in train.py"),
         gradient_checkpointing=Flag(None, "as in train.py"), **MACHINE),
+    trainings=dict(
+        **SHAPE, steps=number("steps of a training", 40),
+        methods=Flag(str, "which, beside none", "topv,gum,obs"), **MACHINE),
     generation=dict(
         runs=measure.RUNS, dense=measure.DENSE, **MACHINE,
         transformers=Flag(None, "the same in transformers, at true widths and padded")),
@@ -677,7 +717,7 @@ FLAGS = dict(
 
 
 def main():
-    cli.call(*cli.command_line((steps, generation, report), FLAGS, __doc__))
+    cli.call(*cli.command_line((steps, trainings, generation, report), FLAGS, __doc__))
 
 
 if __name__ == "__main__":

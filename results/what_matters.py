@@ -56,6 +56,8 @@ STEPS, DENSE_STEPS = 400, 6000  # of `tiny`; a Hub's model is trained as long as
 LEFTOVERS = (0.75, 0.5, 0.25, 0.1)
 DENSE, RANDOM, TOP_V, GUM = (dict(method=name) for name in ("none", "random", "topv", "gum"))
 MAGNITUDE, SOFT, OBS = (dict(method=name) for name in ("magnitude", "soft", "obs"))
+FROM_SCRATCH = dict(batch_size=32, lr=5e-3, eps=1e-8)  # as `tiny` has it
+DEEP = "6x192"  # another shape: 6 layers of width 192, 4,608 MLP neurons
 GLOBAL, EARLY = TOP_V | dict(scope="global"), GUM | dict(prune_until=0.3)
 AS_OBS = GLOBAL | {name: defaults_of("obs")[name] for name in ("prune_from", "prune_until")}
 METHODS = {"Magnitude": MAGNITUDE, "Random": RANDOM, "Top_v": TOP_V, "Soft movement": SOFT,
@@ -104,11 +106,14 @@ class Study:
         return row
 
     def dense(self, seed=0):
-        """The folder of a dense model: of `tiny` well trained, of a Hub's model fine-tuned. It is
-        kept, for other runs start from it or learn from it."""
+        """The folder of a dense model: of `tiny`, or DEEP, well trained; of a Hub's model
+        fine-tuned. It is kept, for other runs start from it or learn from it."""
         name = "dense" if self.tiny else f"{Path(self.args.model).name}-dense"
         folder = str(self.folder / f"{name}{seed}")
         how = dict(steps=DENSE_STEPS) if self.tiny else self.start()
+        if seed == DEEP:
+            seed, how = 0, FROM_SCRATCH | dict(steps=DENSE_STEPS,
+                                           model=str(self.folder / f"new-{DEEP}"))
         self.want(how | DENSE | dict(seed=seed, out=folder))
         return folder
 
@@ -138,9 +143,10 @@ class Study:
     def tuned(self, how, leftover=0.1, dense=0, distill=None, teacher=None, **more):
         """The flags of a method: `how`, and the rate, and for soft movement and GUM the lambda,
         that suit it. 75 % left has those of 50 %; ends up to 30 % the rate of 30 %, others that of
-        70 %; longer trainings and other dense models those of STEPS from dense0. None as long as
-        they are not known."""
-        flags, given = self.start() | how | dict(distill=distill, teacher=teacher), dict(more)
+        70 %; longer trainings and dense models of other seeds those of STEPS from dense0. None as
+        long as they are not known."""
+        flags, given = self.start(dense if dense == DEEP else 0) | how, dict(more)
+        flags |= dict(distill=distill, teacher=teacher)
         if "dataset" in more:
             flags |= more
         if more.get("steps", STEPS) < STEPS and self.tiny:
@@ -252,8 +258,10 @@ class Study:
         if self.tiny:
             yield "scratch", Question("From scratch, for as long as all training before, at 10 %", {
                 "GUM": {"as GUM": self.run(GUM)}, "From scratch": {"as GUM": self.as_gum(
-                    DENSE | dict(new="scratch", lr=5e-3, steps=DENSE_STEPS + STEPS))}},
+                    DENSE | FROM_SCRATCH | dict(new="scratch", steps=DENSE_STEPS + STEPS))}},
                 (("From scratch", "GUM"),), 3)
+            yield "other-shape", Question("Another shape: 6 layers of width 192, to 10 %", {
+                name: {"": self.run(how, dense=DEEP)} for name, how in MAIN.items()}, PAIRS, 3)
             yield "other-models", Question("From other dense models, to 10 %", {
                 name: {f"seed {dense}": self.run(how, dense=dense) for dense in (0, 1, 2)}
                 for name, how in (MAIN | {"GUM, v reached at 30 %": EARLY}).items()}, PAIRS)
@@ -305,12 +313,17 @@ def write_rows(rows):
 
 def new_model(path):
     """Make the folder of a model that no training has: `neurons-W,W,..-seedN`, dense0 with new MLPs
-    of these widths, or `scratch-..`, all of it new. It appears whole or not at all."""
-    kind, widths, seed = re.fullmatch(r"(\w+)-([\d,]+)-seed(\d+)", path.name).groups()
-    torch.manual_seed(int(seed))
+    of these widths; `scratch-..`, all of it new; `new-LxD`, L new layers of width D. It appears
+    whole or not at all."""
+    kind, how, *seed = path.name.split("-")
+    torch.manual_seed(int(seed[0].removeprefix("seed")) if seed else 0)
     old = GPT.from_pretrained(path.parent / "dense0")
-    settings = vars(old.config) | dict(mlp_widths=tuple(map(int, widths.split(","))))
-    model = GPT(GPTConfig(**settings))
+    if kind == "new":
+        layers, width = map(int, how.split("x"))
+        shape = dict(n_layer=layers, n_embd=width, n_head=width // 32, mlp_widths=(), windows=())
+    else:
+        shape = dict(mlp_widths=tuple(map(int, how.split(","))))
+    model = GPT(GPTConfig(**vars(old.config) | shape))
     if kind == "neurons":
         kept = {name: value for name, value in old.state_dict().items() if ".mlp." not in name}
         model.load_state_dict(kept, strict=False)
@@ -414,7 +427,7 @@ def is_ready(flags, folder):
     """Whether the models that a run takes from `folder` are there; new ones are made of dense0."""
     for path in map(Path, filter(None, (flags.get("model"), flags.get("teacher")))):
         if path.parent == folder:
-            new = re.match("neurons-|scratch-", path.name)
+            new = re.match("neurons-|scratch-|new-", path.name)
             dense = folder / "dense0" if new else path
             if not (dense / "metrics.json").exists():
                 return False

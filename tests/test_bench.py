@@ -210,7 +210,7 @@ def test_the_report_has_a_number_wherever_one_belongs(capsys, monkeypatch):
 
 @pytest.mark.parametrize("broken, section", [
     ("show_machine", 0), ("peaks", 1), ("peak_of_steps", None), ("stepper", 3), ("in_turns", 4),
-    ("fine_pruned", 5)])
+    ("pruned_by_gum", 5)])
 def test_a_part_of_the_report_that_fails_does_not_end_it(broken, section, capsys, monkeypatch):
     def fails(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -219,9 +219,9 @@ def test_a_part_of_the_report_that_fails_does_not_end_it(broken, section, capsys
     monkeypatch.setattr(bench, "peaks", lambda device, dtype: (2e11, 3e10))
     if section is not None:
         monkeypatch.setattr(bench, broken, fails)
-    if broken != "fine_pruned":
-        taught = bench.fine_pruned("cpu", torch.float32, 2)
-        monkeypatch.setattr(bench, "fine_pruned", lambda *_: taught)
+    if broken != "pruned_by_gum":
+        taught = bench.pruned_by_gum("cpu", torch.float32, 2)
+        monkeypatch.setattr(bench, "pruned_by_gum", lambda *_: taught)
     parts = report(capsys)
     assert tuple(parts) == SECTIONS
     for title, part in parts.items():
@@ -265,12 +265,33 @@ def test_narrowed_shapes_keep_the_share_asked_for_and_fall_as_gums_do():
         assert falling[0] / falling[-1] == pytest.approx(20, rel=0.02)
 
 
+def test_whole_trainings_end_at_the_leftover_and_are_told_as_ratios(capsys, monkeypatch):
+    tiny(widths=(24, 16)).save_pretrained("shape")
+    left, real = [], bench.fine_pruned
+
+    def noted(model, pruner, shape, how):
+        losses = real(model, pruner, shape, how)
+        kept = [mlp.c_fc.out_features if mlp.keep is None else len(mlp.keep) for mlp in pruner.mlps]
+        left.append((pruner.method.name, sum(kept), len(losses)))
+        return losses
+
+    monkeypatch.setattr(bench, "fine_pruned", noted)
+    main("trainings", "--model", "shape", "--steps", 20, "--rounds", 2, "--methods", "topv,obs",
+         "--batch-size", 2, "--block-size", 8)
+    assert left == 2 * [("Dense", 40, 20), ("Top_v", 10, 20), ("Top_v", 4, 20), ("OBS", 10, 20),
+                        ("OBS", 4, 20)]
+    rows = cells(capsys.readouterr().out)
+    assert [*rows] == ["topv", "obs"]
+    assert all(re.fullmatch(r"\d+\.\d\d", cell) for row in rows.values() for cell in row)
+    torch.set_flush_denormal(False)
+
+
 def test_devices_are_compared_from_the_same_start(capsys):
     bench.show_agreement("cpu:0")  # as if it were another
     rows = cells(capsys.readouterr().out)
     losses, kept = rows["float32, cpu:0 against CPU"]
     assert float(losses) < 1e-4 and kept == "0 of 512" and len(rows) == 2
-    losses, kept = bench.fine_pruned("cpu", torch.float64)
+    losses, kept = bench.pruned_by_gum("cpu", torch.float64)
     assert losses.shape == (20,) and losses[-1] < losses[0] - 1  # it has learned
     assert kept.sum() == 512 and len({int(layer.sum()) for layer in kept.split(512)}) > 1  # GUM's
 
@@ -278,7 +299,7 @@ def test_devices_are_compared_from_the_same_start(capsys):
 def test_differences_between_devices_are_counted(capsys, monkeypatch):
     found = {"cpu": (torch.tensor([3.0, 2.0]), torch.tensor([True, True, False, False])),
              "cuda": (torch.tensor([3.5, 2.25]), torch.tensor([True, False, False, True]))}
-    monkeypatch.setattr(bench, "fine_pruned", lambda device, dtype: found[device])
+    monkeypatch.setattr(bench, "pruned_by_gum", lambda device, dtype: found[device])
     bench.show_agreement("cuda")
     rows = cells(capsys.readouterr().out)
     assert rows["float32, cuda against CPU"] == ["5.0e-01", "1 of 2"]
@@ -287,7 +308,7 @@ def test_differences_between_devices_are_counted(capsys, monkeypatch):
 
 @pytest.mark.parametrize("words,says", [
     ("generation small", "small --dense"), ("generation nowhere", "nowhere"), ("generation", "RUN"),
-    ("steps --model nowhere", "nowhere config.json"), ("steps --rounds 0", "--rounds above"),
+    ("trainings --methods gum,ibs", "ibs"), ("steps --model nowhere", "nowhere config.json"), ("steps --rounds 0", "--rounds above"),
     ("report --model nowhere", "nowhere config.json"),
     ("steps --compile --gradient-checkpointing", "--compile --gradient-checkpointing together")])
 def test_a_mistake_gets_one_line_and_status_2(words, says, capsys):

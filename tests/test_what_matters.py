@@ -105,7 +105,8 @@ def test_every_run_is_made_once_after_those_that_it_depends_on(made, capsys):
     make()  # all there is
     assert len(commands) == len(made)
     assert {path.name.rsplit("-seed")[0] for path in Path("out").iterdir()} == {
-        ".lock", "dense0", "dense1", "dense2", "neurons-100,50,30,25", "scratch-100,50,30,25"}
+        ".lock", "dense0", "dense1", "dense2", "neurons-100,50,30,25", "scratch-100,50,30,25",
+        "dense6x192", "new-6x192"}
 
 
 def test_tables_are_made_with_what_the_tuning_runs_have_chosen(made):
@@ -312,6 +313,9 @@ def test_new_models_have_the_widths_and_what_is_not_new_of_the_dense_one():
         kept = {name: torch.equal(value, new.state_dict()[name])
                 for name, value in old.state_dict().items() if ".mlp." not in name}
         assert all(kept.values()) == (kind == "neurons")
+    study.new_model(Path("new-3x64"))
+    new = GPT.from_pretrained("new-3x64")
+    assert new.config.mlp_widths == (256,) * 3 and new.wte.weight.shape == (257, 64)
 
 
 # What it says.
