@@ -308,7 +308,8 @@ def test_differences_between_devices_are_counted(capsys, monkeypatch):
 
 @pytest.mark.parametrize("words,says", [
     ("generation small", "small --dense"), ("generation nowhere", "nowhere"), ("generation", "RUN"),
-    ("trainings --methods gum,ibs", "ibs"), ("steps --model nowhere", "nowhere config.json"), ("steps --rounds 0", "--rounds above"),
+    ("trainings --methods gum,ibs", "ibs"), ("steps --model nowhere", "nowhere config.json"),
+    ("steps --rounds 0", "--rounds above"),
     ("report --model nowhere", "nowhere config.json"),
     ("steps --compile --gradient-checkpointing", "--compile --gradient-checkpointing together")])
 def test_a_mistake_gets_one_line_and_status_2(words, says, capsys):
