@@ -229,9 +229,9 @@ class Study:
         yield "when", Question("When the leftover is reached, at 10 %", {
             name: {f"after {until:.0%}": self.run(how | dict(prune_until=until))
                    for until in (0.15, 0.3, 0.5, 0.7)}
-            for name, how in METHODS.items() if how in (TOP_V, GLOBAL, GUM, OBS)},
-            (*(((name, "after 30%"), (name, "after 70%")) for name in ("Top_v", "Global Top_v",
-                                                                       "GUM", "OBS")), *PAIRS[2:]))
+            for name, how in METHODS.items() if how in (TOP_V, GLOBAL, GUM)},
+            (*(((name, "after 30%"), (name, "after 70%"))
+               for name in ("Top_v", "Global Top_v", "GUM")), ("GUM", "Global Top_v")))
         early = {"Global Top_v, from 10 to 20 %": GLOBAL | dict(prune_until=0.2),
                  "OBS, from 10 to 20 %": OBS | dict(prune_from=0.1, prune_until=0.2),
                  "Global Top_v, from 0 to 10 %": AS_OBS, "OBS, from 0 to 10 %": OBS}
