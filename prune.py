@@ -2,7 +2,7 @@
 
 From the paper's equations to code, in order: the schedule of gradual pruning, Top_v, scores and
 their regulariser, what tells one method from another (`METHODS`), the `Pruner`, which puts them to
-work, the loss with distillation, and `shrink`. The loop that uses them is in `train.py`.
+work, the distillation loss, and `shrink`.
 
 A neuron j of a layer is one group: row j of W1, entry j of b1, column j of W2, with one score S_j.
 A layer has m neurons, k of which are kept at this step; the network has N. The kept ones are put
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from typing import Callable, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -33,19 +34,18 @@ def lr_factor(step, steps):
 
 def cubic(step, steps, prune_from=0.1, prune_until=0.7):
     """Zhu & Gupta's curve (section 2): 1 up to the share `prune_from` of the steps, and at the
-    first; 0 after `prune_until`; a falling cubic between. Counted in tenths, as the paper's are."""
+    first of several; 0 from `prune_until` on; a falling cubic between."""
     tenth = warmup_steps(steps)
-    start = min(max(round(10 * prune_from * tenth), 1), steps - 1)
-    end = steps - round(10 * (1 - prune_until) * tenth)
-    if step <= start:
-        return 1.0
-    if step > end:
-        return 0.0
-    return (1 - (step - start) / (end - start)) ** 3
+    papers = 0, tenth, steps - 3 * tenth, steps  # its 0.1 and 0.7 are so many warm-ups
+    start, end = (round(np.interp(share, (0, 0.1, 0.7, 1), papers))
+                  for share in (prune_from, prune_until))
+    start = min(max(start, 1), steps - 1)
+    return min(max(1 - (step - start) / max(end - start, 1), 0.0), 1.0) ** 3
 
 
 def v_at(step, leftover, **when):
-    """v_t, the fraction of neurons to keep at `step`: from 1 down to v = `leftover` (section 2)."""
+    """v_t, the fraction of neurons to keep at `step`: from 1 down to v = `leftover` (section 2).
+    `when`: what `cubic` takes."""
     return leftover + (1 - leftover) * cubic(step, **when)
 
 
@@ -164,9 +164,8 @@ METHODS = {
                   defaults=dict(scope="global", lambda_gum=10.0)),
     "obs": Method("OBS", "Optimal Brain Surgeon, not the paper's: how much the loss would rise "
                   "without a neuron whose part the others take over", score=surgeon,
-                  measure=torch.square, surgery=True,
-                  defaults=dict(scope="global", lambda_sim=0.1, prune_from=0.0,
-                                prune_until=0.1)),
+                  measure=torch.square, surgery=True, defaults=dict(
+                      scope="global", lambda_sim=0.1, prune_from=0.0, prune_until=0.1)),
 }
 
 
@@ -190,7 +189,7 @@ class Pruner(nn.Module):
     """Keeps the scores, chooses the neurons to keep at every step, and gives the scores gradients.
 
     A step is: `select(step)`; each micro-batch's forward pass `with recording(tokens)` and backward
-    pass; `update(step)`; the optimizer's step. Settings have `defaults_of`'s names, None is the
+    pass; `update(step)`; the optimizer's step. `settings` are `defaults_of`'s, None is the
     method's own; `scope` is "layer", "global", or what each layer keeps at the end: "352,85,58,17".
     The state_dict is all that the next step depends on.
     """
@@ -201,7 +200,7 @@ class Pruner(nn.Module):
             given = settings.pop(name, None)
             setattr(self, name, usual if given is None else given)
         if settings:
-            raise TypeError(f"no such settings: {[*settings]}")
+            raise TypeError(f"no such settings: {settings}")
         self.when = dict(steps=steps, prune_from=self.prune_from, prune_until=self.prune_until)
         self.method, self.leftover, self.steps = METHODS[method], leftover, steps
         self.mlps = [block.mlp for block in model.h]

@@ -3,8 +3,8 @@
     python -m results.bench steps --model gpt2      a step of training, by each method
     python -m results.bench trainings --model gpt2  whole short trainings, by each method
     python -m results.bench generation out/RUN ...  reading and writing, pruned against dense
-    python -m results.bench report                  this machine, all of that for a model's shape,
-                                                    GPU against CPU: to paste into an issue
+    python -m results.bench report                  this machine, steps and generation for a model's
+                                                    shape, GPU against CPU: to paste into an issue
 
 What a task can't do without are operations (a multiply-add is 2) and bytes. Divided by how many of
 each the machine does in a second, they give the least time it can take, and the floor of a ratio.
@@ -324,43 +324,58 @@ def steps(args):
     show_peak_of_steps(peak, config)
 
 
-def fine_pruned(model, pruner, shape, how):
+# A whole training.
+
+
+def losses_of(model, pruner, shape, how):
     """Fine-prune a random model to the end, on random tokens. Returns the losses [pruner.steps]."""
     losses, optimizer = [], make_optimizer(model, pruner, how)
     for step in range(1, pruner.steps + 1):
-        tokens = torch.randint(20, (shape[0], shape[1] + 1))  # of many: there is something to learn
+        tokens = torch.randint(20, (shape[0], shape[1] + 1))  # which 20, is something to learn
         batch = tokens[:, :-1], tokens[:, 1:], torch.ones(shape, dtype=torch.bool)
         micro = data.micro_batches(batch, how.device, how.accumulate)
         losses.append(fine_prune(model, pruner, optimizer, micro, step, how)[1])
     return torch.stack(losses)
 
 
+def time_training(config, shape, method, leftover, args):
+    """Seconds of a whole training by a method."""
+    torch.manual_seed(0)
+    model = GPT(config).to(args.device)
+    pruner = Pruner(model, method, leftover, args.steps)
+    how = SimpleNamespace(**vars(args), **LEARNING, lr=1e-4, mask_lr=pruner.mask_lr)
+    return timed(lambda: losses_of(model, pruner, shape, how), args.device)[0]
+
+
 def trainings(args):
-    """Time whole trainings of a few steps by each method, in turns, as ratios to plain fine-tuning:
-    unlike `steps` with all that methods do at some steps only, as OBS while it prunes."""
+    """Time whole trainings of a few steps by each method, in turns, as ratios to plain fine-tuning.
+    Unlike `steps`, this counts what a method does at some steps only, as OBS while it prunes."""
+    names, known = args.methods.split(","), [name for name in METHODS if name != "none"]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--methods: {name} is not one of {', '.join(known)}")
     config = config_of(args.model)
     shape = args.batch_size, min(args.block_size, config.n_positions)
-    how = SimpleNamespace(**vars(args), **LEARNING, lr=1e-4, mask_lr=1e-2)
     torch.set_flush_denormal(True)  # as train.py does
-    names = args.methods.split(",")
-    if unknown := {*names} - {*METHODS}:
-        raise ValueError(f"--methods {args.methods}: {', '.join(unknown)} is not one of "
-                         f"{', '.join(METHODS)}")
-    cases = [("none", 1.0)] + [(name, v) for name in names for v in (0.25, 0.1)]
-    seconds = {case: [] for case in cases}
-    for turn in tqdm(range(args.rounds), unit="round", leave=False):
-        for (method, leftover), taken in seconds.items():
-            torch.manual_seed(turn)
-            model = GPT(config).to(args.device)
-            pruner = Pruner(model, method, leftover, args.steps)
-            taken += [timed(lambda: fine_pruned(model, pruner, shape, how), args.device)[0]]
+    plain = "none", 1.0
+    seconds = {case: [] for case in (plain, *((name, v) for name in names for v in (0.25, 0.1)))}
+    time_training(config, shape, *plain, SimpleNamespace(**vars(args) | dict(steps=3)))  # warms up
+    for _ in tqdm(range(args.rounds), unit="round", leave=False):
+        for case, taken in seconds.items():
+            if not isinstance(taken, str):  # else it has failed
+                found = attempt(time_training, config, shape, *case, args)
+                seconds[case] = found if isinstance(found, str) else taken + [found]
+    usual = seconds[plain]
+    if isinstance(usual, str):
+        raise ValueError(f"plain fine-tuning, to hold all others against: {usual}")
     print(f"{args.model}, {args.steps} steps of {shape[0]} x {shape[1]} tokens, {args.device}, "
-          f"{args.dtype}, {torch.get_num_threads()} threads, medians of {args.rounds} rounds. None "
-          f"takes {np.median(seconds['none', 1.0]):.4g} s.\n")
+          f"{args.dtype}, {torch.get_num_threads()} threads, medians of {args.rounds} rounds. One "
+          f"of none takes {np.median(usual):.4g} s.\n")
     print_head("a whole training's time, none = 1", "to 25 %", "to 10 %")
     for name in names:
-        print_row(name, *(f"{np.median(np.divide(seconds[name, v], seconds['none', 1.0])):.2f}"
-                          for v in (0.25, 0.1)))
+        found = [seconds[name, v] for v in (0.25, 0.1)]
+        print_row(name, *(taken if isinstance(taken, str) else
+                          f"{np.median(np.divide(taken, usual)):.2f}" for taken in found))
 
 
 # Reading and writing.
@@ -627,7 +642,7 @@ def pruned_by_gum(device, dtype, steps=20):
                           mask_lr=1e-2, accumulate=1)
     model = GPT(GPTConfig(**TINY)).to(device, dtype)
     pruner = Pruner(model, "gum", 0.25, steps)
-    losses = fine_pruned(model, pruner, (8, 64), how)
+    losses = losses_of(model, pruner, (8, 64), how)
     kept = top_v(pruner.scores.detach(), len(pruner.scores) // 4)
     return losses.double().cpu(), kept.cpu()
 

@@ -5,8 +5,11 @@ import re
 
 
 def check_leftover(args, widths):
-    """ValueError if what should be left does not fit a model of these `widths`."""
+    """ValueError if what should be left, and when, does not fit a model of these `widths`."""
     total, asked = sum(widths), [int(k) for k in re.findall(r"\d+", args.scope or "")]
+    if args.method != "none" and args.prune_from > args.prune_until:
+        raise ValueError(f"--prune-from {args.prune_from:g} is after --prune-until "
+                         f"{args.prune_until:g}: give a later one (the same: all leave at once)")
     if args.method != "none" and not total:
         raise ValueError(f"{args.model} has no MLP neurons left to prune")
     if asked and (len(asked) != len(widths) or any(k > m for k, m in zip(asked, widths))):

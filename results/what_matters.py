@@ -57,9 +57,8 @@ LEFTOVERS = (0.75, 0.5, 0.25, 0.1)
 DENSE, RANDOM, TOP_V, GUM = (dict(method=name) for name in ("none", "random", "topv", "gum"))
 MAGNITUDE, SOFT, OBS = (dict(method=name) for name in ("magnitude", "soft", "obs"))
 FROM_SCRATCH = dict(batch_size=32, lr=5e-3, eps=1e-8)  # as `tiny` has it
-DEEP = "6x192"  # another shape: 6 layers of width 192, 4,608 MLP neurons
+OTHER_SHAPE = "6x192"  # 6 layers of width 192, 4,608 MLP neurons
 GLOBAL, EARLY = TOP_V | dict(scope="global"), GUM | dict(prune_until=0.3)
-AS_OBS = GLOBAL | {name: defaults_of("obs")[name] for name in ("prune_from", "prune_until")}
 METHODS = {"Magnitude": MAGNITUDE, "Random": RANDOM, "Top_v": TOP_V, "Soft movement": SOFT,
            "Global Top_v": GLOBAL, "GUM": GUM, "OBS": OBS}
 MAIN = {name: METHODS[name] for name in ("Random", "Top_v", "Global Top_v", "GUM", "OBS")}
@@ -105,16 +104,17 @@ class Study:
             return None
         return row
 
-    def dense(self, seed=0):
-        """The folder of a dense model: of `tiny`, or DEEP, well trained; of a Hub's model
-        fine-tuned. It is kept, for other runs start from it or learn from it."""
+    def dense(self, which=0):
+        """The folder of a dense model: of `tiny`, well trained from this seed, or of OTHER_SHAPE;
+        of a Hub's model fine-tuned. It is kept, for others start from it or learn from it."""
         name = "dense" if self.tiny else f"{Path(self.args.model).name}-dense"
-        folder = str(self.folder / f"{name}{seed}")
-        how = dict(steps=DENSE_STEPS) if self.tiny else self.start()
-        if seed == DEEP:
-            seed, how = 0, FROM_SCRATCH | dict(steps=DENSE_STEPS,
-                                           model=str(self.folder / f"new-{DEEP}"))
-        self.want(how | DENSE | dict(seed=seed, out=folder))
+        folder = str(self.folder / f"{name}{which}")
+        how = dict(steps=DENSE_STEPS, seed=which) if self.tiny else self.start() | dict(seed=which)
+        if which == OTHER_SHAPE:
+            self.dense()  # of which `new_model` takes the rest
+            new = str(self.folder / f"new-{OTHER_SHAPE}")
+            how = FROM_SCRATCH | dict(steps=DENSE_STEPS, seed=0, model=new)
+        self.want(how | DENSE | dict(out=folder))
         return folder
 
     def start(self, dense=0):
@@ -142,10 +142,10 @@ class Study:
 
     def tuned(self, how, leftover=0.1, dense=0, distill=None, teacher=None, **more):
         """The flags of a method: `how`, and the rate, and for soft movement and GUM the lambda,
-        that suit it. 75 % left has those of 50 %; ends up to 30 % the rate of 30 %, others that of
-        70 %; longer trainings and dense models of other seeds those of STEPS from dense0. None as
-        long as they are not known."""
-        flags, given = self.start(dense if dense == DEEP else 0) | how, dict(more)
+        that suit it. 75 % left has those of 50 %; where only the end is given, up to 30 % has the
+        rate of 30 %, else that of 70 %; longer trainings and dense models of other seeds those of
+        STEPS from dense0. None as long as they are not known."""
+        flags, given = self.start(dense if dense == OTHER_SHAPE else 0) | how, dict(more)
         flags |= dict(distill=distill, teacher=teacher)
         if "dataset" in more:
             flags |= more
@@ -200,13 +200,14 @@ class Study:
                            for weight in (0.0, 1.0, 3.0, 10.0, 30.0, 100.0)}
                     for name, flags in (("each layer", TOP_V), ("all layers", GLOBAL))}
 
-        def transfer(name, **more):
-            more["dataset"], hub = name, data.DATASETS[name].get("hub")
+        def transfer(about, name, **more):
+            more["dataset"] = name
+            hub = data.DATASETS[name].get("hub")
             if self.args.data and hub:
                 more["data_path"] = str(Path(self.args.data, hub))
             rows = {"Dense": DENSE, "Top_v": TOP_V, "Global Top_v": GLOBAL, "GUM": GUM,
                     "GUM, v reached at 30 %": EARLY, "OBS": OBS}
-            return Question(f"Fine-pruning on {name}, to 10 %", {
+            return Question(f"Fine-pruning on {about}, to 10 %", {
                 label: {"": self.run(how, **more)} for label, how in rows.items()},
                 PAIRS[1:] + (("GUM, v reached at 30 %", "GUM"),), 3)
 
@@ -232,13 +233,14 @@ class Study:
             for name, how in METHODS.items() if how in (TOP_V, GLOBAL, GUM)},
             (*(((name, "after 30%"), (name, "after 70%"))
                for name in ("Top_v", "Global Top_v", "GUM")), ("GUM", "Global Top_v")))
-        early = {"Global Top_v, from 10 to 20 %": GLOBAL | dict(prune_until=0.2),
-                 "OBS, from 10 to 20 %": OBS | dict(prune_from=0.1, prune_until=0.2),
-                 "Global Top_v, from 0 to 10 %": AS_OBS, "OBS, from 0 to 10 %": OBS}
-        global_later, obs_later, global_now, obs_now = early
+        late, now = dict(prune_from=0.1, prune_until=0.2), dict(prune_from=0.0, prune_until=0.1)
+        schedules = {"Global Top_v, from 10 to 20 %": GLOBAL | dict(prune_until=0.2),
+                     "OBS, from 10 to 20 %": OBS | late,
+                     "Global Top_v, from 0 to 10 %": GLOBAL | now, "OBS, from 0 to 10 %": OBS | now}
+        global_later, obs_later, global_now, obs_now = schedules
         yield "surgeon", Question("OBS, or its schedule: when neurons leave", {
             name: {f"{leftover:.0%}": self.run(how, leftover=leftover) for leftover in LEFTOVERS}
-            for name, how in early.items()},
+            for name, how in schedules.items()},
             ((obs_later, global_later), (obs_now, global_now), (obs_now, global_later),
              (obs_now, obs_later)))
         weights = tuple(((scope, weight), (scope, "0")) for scope in ("each layer", "all layers")
@@ -261,24 +263,26 @@ class Study:
                     DENSE | FROM_SCRATCH | dict(new="scratch", steps=DENSE_STEPS + STEPS))}},
                 (("From scratch", "GUM"),), 3)
             yield "other-shape", Question("Another shape: 6 layers of width 192, to 10 %", {
-                name: {"": self.run(how, dense=DEEP)} for name, how in MAIN.items()}, PAIRS, 3)
+                name: {"": self.run(how, dense=OTHER_SHAPE)} for name, how in MAIN.items()},
+                PAIRS, 3)
             yield "other-models", Question("From other dense models, to 10 %", {
                 name: {f"seed {dense}": self.run(how, dense=dense) for dense in (0, 1, 2)}
                 for name, how in (MAIN | {"GUM, v reached at 30 %": EARLY}).items()}, PAIRS)
             yield "how-long", Question("How long, at 10 %", {
                 name: {f"{steps:,} steps": self.run(how, steps=steps)
                        for steps in (50, 100, 200, 400, 1000, 3000)}
-                for name, how in (MAIN | {global_later: early[global_later]}).items()},
+                for name, how in (MAIN | {global_later: schedules[global_later]}).items()},
                 PAIRS + (("OBS", global_later),), 3)
             yield "short", Question("Short trainings", {
                 name: {f"{leftover:.0%}, {steps} steps": self.run(how, leftover=leftover,
                                                                   steps=steps)
                        for leftover in (0.25, 0.1) for steps in (50, 100)}
                 for name, how in METHODS.items()}, tuple(("OBS", name) for name in [*METHODS][:-1]))
-            # Steps of about as many tokens as those on stdlib; toysql is soon learned.
-            yield "toysql", transfer("toysql", steps=100)
-            yield "e2e", transfer("e2e", batch_size=8)
-            yield "wikitext", transfer("wikitext", data_config="wikitext-2-v1", block_size=64)
+            # Steps of 1,400 to 3,300 tokens; stdlib's have 2,048. toysql is soon learned.
+            yield "toysql", transfer("toysql in 100 steps", "toysql", steps=100)
+            yield "e2e", transfer("E2E", "e2e", batch_size=8)
+            yield "wikitext", transfer("WikiText-2", "wikitext", data_config="wikitext-2-v1",
+                                      block_size=64)
 
 
 def read_rows():

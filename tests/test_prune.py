@@ -522,6 +522,18 @@ def test_pruning_begins_when_it_is_asked_to():
     assert v[69] > v[70] == 0.2
 
 
+@pytest.mark.parametrize("steps", [15, 26, 35, 55, 75, 95, 250, 1005])
+def test_shares_are_of_the_steps_also_where_these_are_no_tens(steps):
+    for since, until in ((0.0, 0.1), (0.1, 0.7), (0.3, 0.5), (0.5, 1.0)):
+        v = [prune.v_at(t, 0.0, steps=steps, prune_from=since, prune_until=until)
+             for t in range(1, steps + 1)]
+        begun, ended = sum(share == 1.0 for share in v), v.index(0.0) + 1
+        assert begun == pytest.approx(max(since * steps, 1), abs=1)
+        assert ended == pytest.approx(until * steps, abs=1.5)  # the last three tenths are rounded
+    v = [prune.v_at(t, 0.2, steps=95) for t in range(1, 96)]  # the paper's: 10, and 3 times 10
+    assert v[9] == 1.0 > v[10] and v[63] > v[64] == 0.2
+
+
 def test_leftover_is_reached_at_once_if_it_should_be_before_the_warm_up_ends():
     assert [prune.v_at(t, 0.2, steps=100, prune_until=0.05) for t in (1, 10, 11, 100)
             ] == [1.0, 1.0, 0.2, 0.2]
@@ -529,7 +541,7 @@ def test_leftover_is_reached_at_once_if_it_should_be_before_the_warm_up_ends():
 
 @pytest.mark.parametrize("since, until", [(0.0, 0.1), (0.0, 1.0), (0.1, 0.1), (0.1, 0.3),
                                           (0.1, 0.7), (0.1, 1.0), (0.5, 0.7), (0.99, 0.2)])
-@pytest.mark.parametrize("steps", [*range(1, 13), 250])
+@pytest.mark.parametrize("steps", [*range(1, 13), 15, 35, 55, 95, 250])
 def test_leftover_never_rises_and_the_shortest_trainings_reach_it(steps, since, until):
     v = [prune.v_at(t, 0.25, steps=steps, prune_from=since, prune_until=until)
          for t in range(1, steps + 1)]

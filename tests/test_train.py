@@ -136,6 +136,14 @@ def test_a_finished_run_has_its_files_and_the_wanted_number_of_neurons(flags, le
     assert metrics["leftover"] == sum(widths) / 128 and metrics["leftover_wanted"] == leftover
 
 
+def test_neurons_leave_from_and_until_when_they_are_asked_to():
+    run("--method random --leftover 0.5 --prune-from 0.3 --prune-until 0.8 --log-every 1 --out run",
+        steps=20)
+    shares = [json.loads(line)["v_t"] for line in open("run/log.jsonl")]
+    assert [shares[step - 1] for step in (6, 16, 20)] == [1.0, 0.5, 0.5]
+    assert 1.0 > shares[6] > shares[14] > 0.5
+
+
 def test_the_saved_model_has_learned_and_is_the_one_that_was_evaluated():
     metrics = run("--method gum --leftover 0.5 --eval-every 6 --out run", steps=30)
     result, model = metrics["result"], GPT.from_pretrained("run").double()
@@ -581,6 +589,8 @@ def test_a_folder_that_can_t_be_made_is_told_before_data_are_read(out, capsys, m
     ("--model small --scope 0,0", "--scope 0,0 leaves no neuron at all"),
     ("--out \udcff", "--out|UTF-8"),
     ("--prune-until 0", "in (0, 1]"), ("--prune-from 1", "in [0, 1)"),
+    ("--model small --prune-from 0.8", "--prune-from 0.8 is after --prune-until 0.7"),
+    ("--model small --method obs --prune-from 0.2", "--prune-until 0.1"),
     ("--method none --prune-until 0.3", "--prune-until means nothing with --method none"),
     ("--teacher small", "--teacher|--distill"),
     ("--method random --lambda-gum 1", "--lambda-gum"),

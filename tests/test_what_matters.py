@@ -123,6 +123,20 @@ def test_tables_are_made_with_what_the_tuning_runs_have_chosen(made):
     assert {flags["leftover"] for flags in tuning if flags["method"] != "none"} == {0.1, 0.25, 0.5}
 
 
+def test_a_model_of_another_shape_takes_the_rest_of_the_dense_one(made):
+    make(only="^other-shape$")
+    assert [flags["out"] for flags in made[:2]] == ["out/dense0", "out/dense6x192"]
+    assert made[1]["model"] == "out/new-6x192" and len(made) > 20
+    assert {flags["model"] for flags in made[2:]} == {"out/dense6x192"}
+
+
+def test_where_pruning_begins_and_ends_each_schedule_is_tuned_by_itself(made):
+    make(only="^surgeon$")
+    when = {(flags.get("prune_from"), flags.get("prune_until")) for flags in made
+            if flags.get("seed") == study.TUNING and flags["method"] == "topv"}
+    assert when == {(None, 0.3), (0.0, 0.1)}  # of which only the end is given has that of 30 %
+
+
 def test_only_one_question_is_made_if_one_is_asked_for_and_listing_makes_nothing(made, capsys):
     make(only="^memory$")
     assert {flags["method"] for flags in made} == {"none", "gum"}
@@ -316,6 +330,7 @@ def test_new_models_have_the_widths_and_what_is_not_new_of_the_dense_one():
     study.new_model(Path("new-3x64"))
     new = GPT.from_pretrained("new-3x64")
     assert new.config.mlp_widths == (256,) * 3 and new.wte.weight.shape == (257, 64)
+    assert new.config.n_head == 2
 
 
 # What it says.
