@@ -307,7 +307,8 @@ def test_differences_between_devices_are_counted(capsys, monkeypatch):
 
 @pytest.mark.parametrize("words,says", [
     ("generation small", "small --dense"), ("generation nowhere", "nowhere"), ("generation", "RUN"),
-    ("trainings --methods gum,ibs", "ibs"), ("trainings --methods none", "none is not"), ("steps --model nowhere", "nowhere config.json"),
+    ("trainings --methods gum,ibs", "ibs"), ("trainings --methods none", "none is not"),
+    ("steps --model nowhere", "nowhere config.json"),
     ("steps --rounds 0", "--rounds above"),
     ("report --model nowhere", "nowhere config.json"),
     ("steps --compile --gradient-checkpointing", "--compile --gradient-checkpointing together")])
