@@ -112,7 +112,7 @@ class Study:
         how = dict(steps=DENSE_STEPS, seed=which) if self.tiny else self.start() | dict(seed=which)
         if which == OTHER_SHAPE:
             self.dense()  # of which `new_model` takes the rest
-            new = str(self.folder / f"new-{OTHER_SHAPE}")
+            new = str(self.folder / f"new-{OTHER_SHAPE}-seed0")
             how = FROM_SCRATCH | dict(steps=DENSE_STEPS, seed=0, model=new)
         self.want(how | DENSE | dict(out=folder))
         return folder
@@ -317,10 +317,10 @@ def write_rows(rows):
 
 def new_model(path):
     """Make the folder of a model that no training has: `neurons-W,W,..-seedN`, dense0 with new MLPs
-    of these widths; `scratch-..`, all of it new; `new-LxD`, L new layers of width D. It appears
-    whole or not at all."""
-    kind, how, *seed = path.name.split("-")
-    torch.manual_seed(int(seed[0].removeprefix("seed")) if seed else 0)
+    of these widths; `scratch-..`, all of it new; `new-LxD-seedN`, L new layers of width D. It
+    appears whole or not at all."""
+    kind, how, seed = path.name.split("-")
+    torch.manual_seed(int(seed.removeprefix("seed")))
     old = GPT.from_pretrained(path.parent / "dense0")
     if kind == "new":
         layers, width = map(int, how.split("x"))

@@ -126,7 +126,7 @@ def test_tables_are_made_with_what_the_tuning_runs_have_chosen(made):
 def test_a_model_of_another_shape_takes_the_rest_of_the_dense_one(made):
     make(only="^other-shape$")
     assert [flags["out"] for flags in made[:2]] == ["out/dense0", "out/dense6x192"]
-    assert made[1]["model"] == "out/new-6x192" and len(made) > 20
+    assert made[1]["model"] == "out/new-6x192-seed0" and len(made) > 20
     assert {flags["model"] for flags in made[2:]} == {"out/dense6x192"}
 
 
@@ -327,8 +327,8 @@ def test_new_models_have_the_widths_and_what_is_not_new_of_the_dense_one():
         kept = {name: torch.equal(value, new.state_dict()[name])
                 for name, value in old.state_dict().items() if ".mlp." not in name}
         assert all(kept.values()) == (kind == "neurons")
-    study.new_model(Path("new-3x64"))
-    new = GPT.from_pretrained("new-3x64")
+    study.new_model(Path("new-3x64-seed0"))
+    new = GPT.from_pretrained("new-3x64-seed0")
     assert new.config.mlp_widths == (256,) * 3 and new.wte.weight.shape == (257, 64)
     assert new.config.n_head == 2
 
