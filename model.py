@@ -55,6 +55,7 @@ class GPTConfig:
 
 
 TINY = dict(vocab_size=257, n_positions=256, n_embd=128, n_layer=4, n_head=4)  # reads bytes
+ALIGNED = dict(cuda=64)  # a GPU multiplies matrices by far faster whose sides are multiples of it
 
 
 def attention_mask(queries, keys, window, start, device):
@@ -105,7 +106,8 @@ class MLP(nn.Module):
     every product in its gradient has a zero factor. Skipping it gives the same, for less work.
 
     `keep`: indices of the kept neurons [k], None = all.
-    `record`: called with their h [B, T, k] at every forward pass, None = nobody.
+    `record`: called with their h [B, T, k] at every forward pass, None = nobody. On a GPU, where
+    neurons are skipped, zero ones fill it up to k', a multiple of 64.
     """
 
     def __init__(self, config, layer):
@@ -114,16 +116,25 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(config.mlp_widths[layer], config.n_embd)
         self.keep, self.record = None, None
 
-    def forward(self, x):
+    def kept(self, multiple_of=1):
+        """W1 [k', d], b1 [k'], W2 [d, k'] of the kept neurons, and zero ones up to a multiple."""
         w1, b1, w2 = self.c_fc.weight, self.c_fc.bias, self.c_proj.weight  # [m, d] [m] [d, m]
         if self.keep is not None:
             # w1[keep] would do, but its gradient is sorted into place: several times slower.
             w1, b1 = w1.index_select(0, self.keep), b1.index_select(0, self.keep)  # [k, d] [k]
             w2 = w2.index_select(1, self.keep)  # [d, k]
-        h = F.gelu(F.linear(x, w1, b1), approximate="tanh")  # [B, T, d] -> [B, T, k]
+        extra = -len(b1) % multiple_of
+        if extra:
+            w1, b1 = F.pad(w1, (0, 0, 0, extra)), F.pad(b1, (0, extra))  # [k', d] [k']
+            w2 = F.pad(w2, (0, extra))  # [d, k']
+        return w1, b1, w2
+
+    def forward(self, x):
+        w1, b1, w2 = self.kept(1 if self.keep is None else ALIGNED.get(x.device.type, 1))
+        h = F.gelu(F.linear(x, w1, b1), approximate="tanh")  # [B, T, d] -> [B, T, k']
         if self.record is not None:
             self.record(h)
-        return F.linear(h, w2, self.c_proj.bias)  # [B, T, k] -> [B, T, d]
+        return F.linear(h, w2, self.c_proj.bias)  # [B, T, k'] -> [B, T, d]
 
 
 class Block(nn.Module):

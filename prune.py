@@ -19,6 +19,8 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
+from model import ALIGNED
+
 # The schedule: `step` counts from 1 to `steps`, the first tenth is warm-up.
 
 
@@ -89,8 +91,9 @@ def magnitude(mlp, _):
 def cholesky(C, ridge=1e-2):
     """The lower L [k, k] of L L^T = C + ridge * (mean of C's diagonal), lest C be singular. NaN if
     C is not finite: then so is the loss, which tells."""
-    added = ridge * C.diagonal().mean() + torch.finfo(C.dtype).tiny
-    L, failed = torch.linalg.cholesky_ex(C + added * torch.eye(len(C)).to(C))
+    C = C.clone()
+    C.diagonal().add_(ridge * C.diagonal().mean() + torch.finfo(C.dtype).tiny)
+    L, failed = torch.linalg.cholesky_ex(C)
     return torch.where(failed == 0, L, float("nan"))
 
 
@@ -102,7 +105,8 @@ def surgeon(measured, C):
     can't give, where C = E[h h^T] [k, k], and a ridge. How much the loss minds it is `measured`
     [k], E[(dL/dh_j)^2]: to second order, with Fisher's matrix for the Hessian, as in K-FAC.
     """
-    half = torch.linalg.solve_triangular(cholesky(C), torch.eye(len(C)).to(C), upper=False)
+    eye = torch.eye(len(C), dtype=C.dtype, device=C.device)
+    half = torch.linalg.solve_triangular(cholesky(C), eye, upper=False)
     return measured / half.square().sum(0)  # C^-1 = half^T half
 
 
@@ -233,7 +237,8 @@ class Pruner(nn.Module):
             for mlp in self.mlps:
                 mlp.keep = None
             return self.widths
-        if self.method.surgery and cubic(step - 1, **self.when) > 0:
+        leaving = self.method.surgery and cubic(step - 1, **self.when) > 0
+        if leaving:
             self.examine()
         layers = self.scores.split(self.widths)
         if self.method.threshold:
@@ -248,7 +253,7 @@ class Pruner(nn.Module):
                 shares = [k / max(m, 1) for k, m in zip(asked, self.widths, strict=True)]
             kept = [top_v(S, round(v_at(step, v, **self.when) * len(S)))
                     for S, v in zip(layers, shares)]
-        if self.method.surgery:
+        if leaving:
             self.operate(torch.cat(kept))
         masks = torch.cat(kept).cpu().split(self.widths)  # waits for the device
         counts = [int(mask.sum()) for mask in masks]
@@ -261,10 +266,13 @@ class Pruner(nn.Module):
 
     def examine(self):
         """Compute the scores; those of what is gone are -1."""
+        usual = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")  # a GPU's TF32 is too coarse for C^-1
         of_layers = (x.split(self.widths) for x in (self.measured, self.scores))
         for C, measured, S in zip(self.C, *of_layers):
             here = (S != -1).nonzero().squeeze(1)  # [k]
             S[here] = self.method.score(measured[here], C[here[:, None], here])
+        torch.set_float32_matmul_precision(usual)
 
     def operate(self, kept):
         """Have those that stay, `kept` [N], take over the part of those that leave."""
@@ -297,7 +305,7 @@ class Pruner(nn.Module):
     @torch.compiler.disable
     @torch.no_grad()
     def record(self, layer, tokens, h):
-        """Add one layer's h [B, T, k], with surgery its dL/dh, too; a pruned neuron's are 0."""
+        """Add one layer's h [B, T, k'], with surgery its dL/dh, too; a pruned neuron's are 0."""
         if self.method.surgery:
             h.register_hook(lambda grad: self.add_measured(layer, tokens, grad / world_size()))
         elif self.method.measure is not None:
@@ -307,18 +315,22 @@ class Pruner(nn.Module):
             if layer in self.fading:  # once a step, from however many micro-batches h comes
                 C *= 1 - self.lambda_sim
                 self.fading.remove(layer)
-            h = chosen(h, tokens)  # [tokens, k]
+            h, here = chosen(h, tokens), C[self.at(layer, 2)]  # [tokens, k'] [k, k]
             h = h.to(C.dtype) if self.method.surgery else h  # C is to have an inverse
             with torch.autocast(h.device.type, enabled=False):  # or h is bfloat16 again
                 # `average` takes the mean over processes, and this is to be the batch's sum.
-                C[self.at(layer, 2)] += self.lambda_sim * world_size() * (h.T @ h).to(C.dtype)
+                gram = (h.T @ h)[: len(here), : len(here)].to(C.dtype)  # [k', k'] -> [k, k]
+                here += self.lambda_sim * world_size() * gram
+                C[self.at(layer, 2)] = here
 
     @torch.no_grad()
     def add_measured(self, layer, tokens, values):
-        """Add what the method measures of `values` [B, T, k], one layer's h or dL/dh."""
-        values = chosen(values, tokens)  # [tokens, k]
+        """Add what the method measures of `values` [B, T, k'], one layer's h or dL/dh."""
+        values = chosen(values, tokens)  # [tokens, k']
         sums = self.sums[:-1].split(self.widths)[layer]  # [m]
-        sums[self.at(layer)] += self.method.measure(values.to(sums.dtype)).sum(0)
+        here = sums[self.at(layer)]  # [k]
+        here += self.method.measure(values.to(sums.dtype)).sum(0)[: len(here)]
+        sums[self.at(layer)] = here
         self.sums[-1] += len(values) * (layer == 0)
 
     def average(self):
@@ -379,9 +391,6 @@ def token_loss(logits, targets, taught, how):
     if taught is None:
         return loss
     return how.alpha_ce * loss + how.alpha_kd * distillation_loss(logits, taught, how.temperature)
-
-
-ALIGNED = dict(cuda=64)  # a GPU multiplies matrices by far faster whose sides are multiples of it
 
 
 @cache
@@ -454,14 +463,9 @@ def shrink(model, multiple_of=1):
     faster so; the model computes the same."""
     widths = []
     for mlp in (block.mlp for block in model.h):
-        w1, b1, w2 = mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight  # [m, d] [m] [d, m]
-        keep = torch.arange(len(b1), device=b1.device) if mlp.keep is None else mlp.keep
-        extra = -len(keep) % multiple_of
-        mlp.c_fc.weight = nn.Parameter(F.pad(w1[keep], (0, 0, 0, extra)))  # [k, d]
-        mlp.c_fc.bias = nn.Parameter(F.pad(b1[keep], (0, extra)))  # [k]
-        mlp.c_proj.weight = nn.Parameter(F.pad(w2[:, keep], (0, extra)))  # [d, k]
-        mlp.c_fc.out_features = mlp.c_proj.in_features = len(keep) + extra
-        mlp.keep = None
-        widths.append(len(keep) + extra)
+        w1, b1, w2 = map(nn.Parameter, mlp.kept(multiple_of))  # [k', d] [k'] [d, k']
+        mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.keep = w1, b1, w2, None
+        mlp.c_fc.out_features = mlp.c_proj.in_features = len(b1)
+        widths.append(len(b1))
     model.config.mlp_widths = tuple(widths)
     return model

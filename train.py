@@ -15,6 +15,7 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 import zipfile
 import zlib
 from contextlib import nullcontext, suppress
@@ -133,7 +134,7 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
     if PROCESSES > 1:
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if PROCESS == 0:
-        progress.log = cut_log(folder / "log.jsonl", progress.log)
+        progress.log = runs.cut_log(folder / "log.jsonl", progress.log)
     evaluations = range(eval_every, steps, eval_every)
     say(f"{steps:,} steps of {args.batch_size} x {train_data.block_size} tokens at most; evaluated "
         f"{len(evaluations)} times on {2048 * eval_batches:,}, at the end on all validation data")
@@ -175,6 +176,8 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
                 if saves:
                     save(folder, progress, parts, origin)
                     saved_at = time.monotonic()
+                    if stopping:  # or torchrun ends the first while it writes
+                        told_by_first(lambda: None)
                 clock = time.perf_counter()  # evaluating and saving are not training
             bar.update(step - bar.n)
             if stopping and not last:
@@ -221,7 +224,6 @@ def save(folder, progress, parts, origin):
     the run's settings, and checksums of the models that it started from."""
     progress.saved = progress.step
     if PROCESS == 0:
-        progress.loss, progress.norm = float(progress.loss), float(progress.norm)
         progress.log = runs.log_state((folder / "log.jsonl").read_bytes())
         states = {name: part.state_dict() for name, part in parts.items()}
         states |= dict(progress=vars(progress), origin=origin)
@@ -246,22 +248,6 @@ def restore(file, progress, parts, origin):
         raise ValueError(f"can't go on from {file} ({type(error).__name__} {error}): give what it "
                          f"was begun with; if it is damaged, remove {file.parent} and start over"
                          ) from error
-
-
-def cut_log(path, known):
-    """Drop what was logged after the checkpoint was written, when the log was `known`: it will come
-    again. If it is gone, the curves begin here. ValueError if it is not as it was. Returns by what
-    the log is known now."""
-    gone = not path.exists()
-    content = b"" if gone else path.read_bytes()
-    if gone and known[0]:
-        say(f"{path} is gone: the curves begin where the run goes on")
-    elif runs.log_state(content[: known[0]]) != known:
-        raise ValueError(f"{path} is damaged, or not the one that the checkpoint knows: put that "
-                         "back, or remove it and go on without the curves so far")
-    with whole(path) as beside:
-        beside.write_bytes(content[: known[0]])
-    return runs.log_state(content[: known[0]])
 
 
 def log(folder, progress, record, bar):
@@ -653,12 +639,15 @@ def main():
     except (ValueError, OSError, FloatingPointError) as error:
         fail(error)
     except RuntimeError as error:  # torch has no exceptions of its own for these
-        if re.search("out of memory|can't allocate memory", str(error)):
+        if re.search(cli.LACKS, str(error)):
             fail("out of memory: try --accumulate, --gradient-checkpointing or a smaller "
                  "--block-size")
-        lost = "connection|socket|peer|timed? ?out|nccl"
-        if PROCESSES > 1 and re.search(lost, str(error), re.IGNORECASE):
-            fail("another process of this job is gone: go on with the same command and --resume")
+        if PROCESSES > 1:
+            if re.search(cli.LOST, str(error), re.IGNORECASE):
+                fail("another process of this job is gone: go on with the same command and "
+                     "--resume")
+            traceback.print_exc()
+            os._exit(1)  # as in `fail`
         raise
     except KeyboardInterrupt as stopped:
         launcher = ["torchrun", f"--nproc_per_node={PROCESSES}"] if PROCESSES > 1 else ["python"]

@@ -58,13 +58,10 @@ def config_of(model):
     return GPTConfig(**SHAPES[model]) if model in SHAPES else read_config(model)
 
 
-LACKS = "out of memory|can't allocate memory|ALLOC_FAILED"  # as torch and CUDA's libraries put it
-
-
 def why(error):
     """Why there is no number, in a few words."""
     words = " ".join(str(error).split()).replace("|", "/")  # which would end a table's cell
-    if isinstance(error, MemoryError) or re.search(LACKS, words):
+    if isinstance(error, MemoryError) or re.search(cli.LACKS, words):
         return "out of memory"
     return f"failed ({type(error).__name__}: {words[:200]})"
 
@@ -73,6 +70,12 @@ def free():
     """Give back what nobody holds any more, so that it is there for what comes next."""
     gc.collect()
     torch.cuda.empty_cache()
+
+
+def as_in_training(device):
+    """Have torch compute as train.py has it."""
+    torch.set_flush_denormal(True)
+    torch.set_float32_matmul_precision("highest" if device == "cpu" else "high")
 
 
 def attempt(task, *args):
@@ -172,7 +175,6 @@ def stepper(config, shape, names, args):
     """A function that makes a training step by one of ROWS, for those in `names`, on random weights
     and tokens. They share one model. A learning rate of 0 makes every step like the last."""
     torch.manual_seed(0)
-    torch.set_flush_denormal(True)  # as train.py does
     how = SimpleNamespace(**vars(args), **LEARNING, lr=0.0, mask_lr=0.0)
     model = GPT(config).to(args.device)
     teacher = GPT(config).to(args.device) if args.distill else None
@@ -314,6 +316,7 @@ def steps(args):
         raise ValueError("--compile and --gradient-checkpointing do not go together")
     config = config_of(args.model)
     shape = args.batch_size, min(args.block_size, config.n_positions)
+    as_in_training(args.device)
     peak = peak_of_steps(config, shape, args)
     rows = {name: (name, None) for name in ROWS}
     if args.sim_tokens:
@@ -347,16 +350,9 @@ def time_training(config, shape, method, leftover, args):
     return timed(lambda: losses_of(model, pruner, shape, how), args.device)[0]
 
 
-def trainings(args):
-    """Time whole trainings of a few steps by each method, in turns, as ratios to plain fine-tuning.
-    Unlike `steps`, this counts what a method does at some steps only, as OBS while it prunes."""
-    names, known = args.methods.split(","), [name for name in METHODS if name != "none"]
-    for name in names:
-        if name not in known:
-            raise ValueError(f"--methods: {name} is not one of {', '.join(known)}")
-    config = config_of(args.model)
-    shape = args.batch_size, min(args.block_size, config.n_positions)
-    torch.set_flush_denormal(True)  # as train.py does
+def show_trainings(config, shape, names, args):
+    """Time whole trainings, in turns, by each of the methods `names`; print them as ratios to plain
+    fine-tuning."""
     plain = "none", 1.0
     seconds = {case: [] for case in (plain, *((name, v) for name in names for v in (0.25, 0.1)))}
     time_training(config, shape, *plain, SimpleNamespace(**vars(args) | dict(steps=3)))  # warms up
@@ -376,6 +372,18 @@ def trainings(args):
         found = [seconds[name, v] for v in (0.25, 0.1)]
         print_row(name, *(taken if isinstance(taken, str) else
                           f"{np.median(np.divide(taken, usual)):.2f}" for taken in found))
+
+
+def trainings(args):
+    """Time whole trainings of a few steps by each method, in turns, as ratios to plain fine-tuning.
+    Unlike `steps`, this counts what a method does at some steps only, as OBS while it prunes."""
+    names, known = args.methods.split(","), [name for name in METHODS if name != "none"]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--methods: {name} is not one of {', '.join(known)}")
+    config = config_of(args.model)
+    as_in_training(args.device)
+    show_trainings(config, (args.batch_size, min(args.block_size, config.n_positions)), names, args)
 
 
 # Reading and writing.
@@ -638,6 +646,7 @@ def pruned_by_gum(device, dtype, steps=20):
     """The losses of so many steps of fine-pruning a small model by GUM to a quarter, from the same
     start on any device, and which neurons are left: [steps], bool [N]."""
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest")  # what is compared is the same computation
     how = SimpleNamespace(**LEARNING | dict(eps=1e-4), device=device, dtype="float32", lr=1e-3,
                           mask_lr=1e-2, accumulate=1)
     model = GPT(GPTConfig(**TINY)).to(device, dtype)
@@ -679,10 +688,11 @@ def report(args):
     usual = dict(model="gpt2", batch_size=16, block_size=1024, dtype="bfloat16")
     given = {name: value for name, value in vars(args).items() if value is not None}
     args = SimpleNamespace(**(small if args.device == "cpu" else usual) | given, accumulate=1,
-                           distill=True, compile=False, gradient_checkpointing=False)
+                           distill=True, compile=False, gradient_checkpointing=False, steps=40)
     config = config_of(args.model)
     shape = args.batch_size, min(args.block_size, config.n_positions)
     table = cases_of({name: (name, None) for name in ("none", "topv", "gum")}, args.distill)
+    as_in_training(args.device)
     peak = peak_of_steps(config, shape, args)
     print("# How fast pruning is here\n\n`"
           + shlex.join(["python", "-m", "results.bench", *sys.argv[1:]]) + "`")
@@ -696,6 +706,7 @@ def report(args):
     if args.device != "cpu":
         compiled = SimpleNamespace(**vars(args) | dict(compile=True))
         section("Training, compiled", show_steps, config, shape, table, speeds, compiled)
+    section("Whole trainings", show_trainings, config, shape, ("topv", "gum", "obs"), args)
     section("Reading and writing", show_shapes, config, args)
     section("GPU against CPU", show_agreement, args.device)
 

@@ -62,6 +62,8 @@ def processes():
     return int(rank), int(size)
 
 
+LACKS = "out of memory|can't allocate memory|ALLOC_FAILED"  # as torch and CUDA's libraries put it
+LOST = "connection|socket|peer|timed? ?out|nccl"  # the same, of another process
 ABOVE_0, AT_LEAST_0, SHARE = "above 0, at most 1e12", "from 0 to 1e12", "in (0, 1]"
 RANGES = {ABOVE_0: lambda x: 0 < x <= 1e12, AT_LEAST_0: lambda x: 0 <= x <= 1e12,
           SHARE: lambda x: 0 < x <= 1, "in [0, 1)": lambda x: 0 <= x < 1,

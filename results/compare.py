@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -20,8 +21,8 @@ import torch
 
 import data
 from measure import MEASURES, mean_loss
-from model import whole
-from prune import METHODS
+from model import ALIGNED, whole
+from prune import METHODS, shrink
 from results.runs import check_data, dense_run, load_model, log_state, read_json, read_model
 
 DRAWN = {  # method: colour (Okabe and Ito's, which the colour-blind can tell apart) and marker
@@ -156,6 +157,14 @@ def timed(function, device):
     return time.perf_counter() - began, result
 
 
+def as_timed(model):
+    """`model`, on a GPU with its widths rounded up, as `export --multiple-of` does."""
+    multiple_of = ALIGNED.get(model.wte.weight.device.type, 1)
+    if all(m % multiple_of == 0 for m in model.config.mlp_widths):
+        return model
+    return shrink(deepcopy(model), multiple_of)
+
+
 @torch.no_grad()
 def prefill_speed(models, idx, rounds=7):
     """Tokens per second with which each of `models` reads `idx` [B, T]: medians, in turns."""
@@ -200,7 +209,8 @@ def compare(start, result, val_data, args, autocast, start_loss=None):
     else:
         ids = val_data.prompts[0]
     batch = val_data.batch(range(min(args.batch_size // args.accumulate, len(val_data))))
-    speeds = prefill_speed([start, result], batch[0])
+    with autocast:
+        speeds = prefill_speed([as_timed(start), as_timed(result)], batch[0])
     about = {}
     for name, model, speed, loss in zip(("start", "result"), (start, result), speeds,
                                         (start_loss, None)):

@@ -8,6 +8,7 @@ measure.json, from `measure.py`.
 import json
 import os
 import re
+import sys
 import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -50,6 +51,23 @@ def read_json(path, key):
 def log_state(content):
     """By which a log is known: its length in bytes, and its checksum."""
     return [len(content), zlib.crc32(content)]
+
+
+def cut_log(path, known):
+    """Drop what was logged after the checkpoint was written, when the log was `known`: it will come
+    again. If it is gone, the curves begin here. ValueError if it is not as it was. Returns by what
+    the log is known now."""
+    gone = not path.exists()
+    content = b"" if gone else path.read_bytes()
+    if gone and known[0]:
+        with suppress(OSError):  # nobody has to read it
+            print(f"{path} is gone: the curves begin where the run goes on", file=sys.stderr)
+    elif log_state(content[: known[0]]) != known:
+        raise ValueError(f"{path} is damaged, or not the one that the checkpoint knows: put that "
+                         "back, or remove it and go on without the curves so far")
+    with whole(path) as beside:
+        beside.write_bytes(content[: known[0]])
+    return log_state(content[: known[0]])
 
 
 def model_state(model):

@@ -166,8 +166,8 @@ def test_steps_are_timed_with_and_without_a_teacher(capsys, monkeypatch):
     torch.set_flush_denormal(False)
 
 
-SECTIONS = ("Machine", "Speed in float32", "Memory of a step", "Training", "Reading and writing",
-            "GPU against CPU")
+SECTIONS = ("Machine", "Speed in float32", "Memory of a step", "Training", "Whole trainings",
+            "Reading and writing", "GPU against CPU")
 
 
 def report(capsys):
@@ -203,14 +203,17 @@ def test_the_report_has_a_number_wherever_one_belongs(capsys, monkeypatch):
     for row in (*training.values(), *(row[1:] for row in reading.values())):
         assert len(row) in (6, 4)
         assert all(re.fullmatch(r"\d+\.\d\d \(\d+\.\d\d\)", cell) for cell in row)
+    whole = cells(parts["Whole trainings"])
+    assert [*whole] == ["topv", "gum", "obs"]
+    assert all(re.fullmatch(r"\d+\.\d\d", cell) for row in whole.values() for cell in row)
     (differences,) = cells(parts["GPU against CPU"]).values()
     assert "no GPU" in parts["GPU against CPU"]
     assert float(differences[0]) < 1e-4 and re.fullmatch(r"\d+ of 512", differences[1])
 
 
 @pytest.mark.parametrize("broken, section", [
-    ("show_machine", 0), ("peaks", 1), ("peak_of_steps", None), ("stepper", 3), ("in_turns", 4),
-    ("pruned_by_gum", 5)])
+    ("show_machine", 0), ("peaks", 1), ("peak_of_steps", None), ("stepper", 3),
+    ("time_training", 4), ("in_turns", 5), ("pruned_by_gum", 6)])
 def test_a_part_of_the_report_that_fails_does_not_end_it(broken, section, capsys, monkeypatch):
     def fails(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")

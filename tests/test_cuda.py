@@ -56,7 +56,8 @@ def test_the_loss_and_its_gradients_in_bfloat16(taught):
 
 
 @pytest.mark.parametrize("flags", [[], ["--dtype", "float32"], ["--compile"], ["--accumulate", "2"],
-                                   ["--sim-tokens", "64"], ["--gradient-checkpointing"]])
+                                   ["--sim-tokens", "64"], ["--gradient-checkpointing"],
+                                   ["--method", "obs"], ["--method", "obs", "--compile"]])
 def test_runs_on_a_gpu(flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     GPT(GPTConfig(vocab_size=257, n_positions=128, n_embd=64, n_layer=2, n_head=2)

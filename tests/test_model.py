@@ -19,7 +19,7 @@ from transformers import (AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT
                           GPTNeoForCausalLM)
 from transformers.models.gpt_neo import modeling_gpt_neo
 
-from model import GPT, GPTConfig
+from model import ALIGNED, GPT, MLP, GPTConfig
 from results.bench import SHAPES
 
 transformers.utils.logging.disable_progress_bar()
@@ -148,6 +148,25 @@ def test_loss_is_the_mean_over_the_targets_that_count():
     assert abs(loss - sum(by_hand) / 26) < 1e-5  # the loss of float32 logits
     assert model(idx)[1] is None
     torch.testing.assert_close(model(idx, head=False) @ model.wte.weight.T, logits)
+
+
+@pytest.mark.parametrize("keep", [[], [3], [0, 2, 5, 7, 8, 9, 11, 12], [*range(15)]])
+def test_zero_neurons_fill_up_an_awkward_width(keep, monkeypatch):
+    torch.manual_seed(0)
+    mlp, given = MLP(GPTConfig(n_embd=4, n_layer=1, n_head=1), 0).double(), []
+    x, mlp.keep = torch.randn(2, 3, 4).double(), torch.tensor(keep, dtype=torch.long)
+    mlp.record = given.append
+    outputs, gradients = [], []
+    for multiple_of in (1, 8):
+        monkeypatch.setitem(ALIGNED, "cpu", multiple_of)
+        outputs.append(mlp(x))
+        gradients.append(torch.autograd.grad(outputs[-1].square().sum(), mlp.parameters()))
+    plain, filled = given
+    assert plain.shape == (2, 3, len(keep)) and filled.shape == (2, 3, -(-len(keep) // 8) * 8)
+    assert not filled[..., len(keep):].any()
+    for one, other in zip((outputs[0], plain, *gradients[0]),
+                          (outputs[1], filled[..., : len(keep)], *gradients[1])):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("family, keep", [

@@ -350,13 +350,15 @@ def expected(number):
     return reference(method, make_batches(30), scope=scope, **how)
 
 
-@pytest.mark.parametrize("way", [1, 2, 4, "checkpointed"])
+@pytest.mark.parametrize("way", [1, 2, 4, "checkpointed", "aligned"])
 @pytest.mark.parametrize("number", range(len(TRAININGS)), ids=NAMES)
-def test_training_is_the_reference_however_a_step_is_cut_up(number, way):
+def test_training_is_the_reference_however_a_step_is_cut_up(number, way, monkeypatch):
     # Three tokens for the similarity of four micro-batches: one has none.
     (method, scope, how), model = TRAININGS[number], make_model()
     model.gradient_checkpointing = way == "checkpointed"
-    parts = 2 if way == "checkpointed" else way
+    if way == "aligned":  # as on a GPU
+        monkeypatch.setitem(prune.ALIGNED, "cpu", 8)
+    parts = way if isinstance(way, int) else 2
     run = trained(method, make_batches(30), model=model, parts=parts, scope=scope, **how)
     assert_same(run, expected(number))
     assert comebacks(run.kept) > 0 or method not in LEARNED

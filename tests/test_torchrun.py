@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,12 +57,14 @@ def make(run, kept, out):
 
 
 def torchrun(victim, *runs):
-    """Two processes make the runs, and one is killed in the last of them. Returns their output."""
+    """Two processes make the runs, and in the last of them process `victim` is killed, or, if that
+    is 2, process 0 is told to stop. Returns their output."""
     command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2".split()]
     env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parents[1]))
-    job = subprocess.run([*command, __file__, str(victim), *runs], env=env, text=True,
+    job = subprocess.run([*command, __file__, str(victim), *runs], env=env, text=True, timeout=300,
                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert job.returncode and all(Path(f"{run}.kept1").exists() for run in runs[:-1]), job.stdout
+    assert time.time() - Path("interrupted").stat().st_mtime < 60, job.stdout  # it has not hung
     return job.stdout
 
 
@@ -81,6 +84,10 @@ def kept(folder, monkeypatch):
     """Which neurons each step keeps of what runs in this process, next to what two have made."""
     monkeypatch.chdir(folder)
     return prepare(monkeypatch)
+
+
+def saved_step(out):
+    return torch.load(Path(out, "checkpoint.pt"), weights_only=True)["progress"]["step"]
 
 
 def assert_same(out, expected):
@@ -105,7 +112,7 @@ def test_when_one_process_dies_the_job_ends_and_goes_on_from_a_checkpoint(kept):
     def saved(out, output):
         assert "another process of this job is gone" in output and "--resume" in output
         assert not Path(out, "metrics.json").exists()
-        return torch.load(Path(out, "checkpoint.pt"), weights_only=True)["progress"]["step"]
+        return saved_step(out)
 
     assert saved("killed-1", Path("output").read_text()) == SAVED
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
@@ -123,6 +130,32 @@ def test_when_one_process_dies_the_job_ends_and_goes_on_from_a_checkpoint(kept):
     assert_same("killed-1", "gum")
 
 
+def test_who_is_not_writing_the_checkpoint_waits_for_it(kept):
+    output = torchrun(2, "topv --out stopped")
+    assert f"stopped after step {DEATH} of {STEPS}" in output and "--resume" in output
+    assert Path("found").read_text() == str(DEATH)
+    make("topv --out stopped --resume", kept, "alone-2")
+    assert_same("stopped", "topv")
+
+
+def interrupt(victim):
+    """What happens to this process in the middle of a step."""
+    if victim == train.PROCESS or victim == 2 and train.PROCESS == 0:
+        Path("interrupted").touch()
+        if victim == 2:
+            signal.raise_signal(signal.SIGUSR1)
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def slowly(save):
+    def saved(*args):
+        time.sleep(2 * (train.PROCESS == 0))
+        save(*args)
+
+    return saved
+
+
 if __name__ == "__main__":  # one of the processes that torchrun launches
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, to those left: let them say why
     patch = pytest.MonkeyPatch()
@@ -131,8 +164,13 @@ if __name__ == "__main__":  # one of the processes that torchrun launches
     victim, *runs, last = sys.argv[1:]
     for run in runs:
         make(run, kept, run)
-    if int(victim) == train.PROCESS:
-        hook(patch, *STEP, DEATH, None, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    hook(patch, *STEP, DEATH, None, lambda _: interrupt(int(victim)))
+    if victim == "2":
+        patch.setattr(train, "save", slowly(train.save))
     train.join_processes = lambda _: None  # it has
     sys.argv = ["train.py", *FLAGS.split(), "--method", *last.split()]
-    train.main()
+    try:
+        train.main()
+    finally:  # told to stop
+        if train.PROCESS == 1:
+            Path("found").write_text(str(saved_step("stopped")))

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import data
 import train
-from model import GPT, GPTConfig
+from model import ALIGNED, GPT, GPTConfig
 from prune import METHODS
 from results import compare, runs
 from results.bench import NEO
@@ -228,6 +228,18 @@ def test_a_run_that_another_starts_from_is_not_evaluated_again_in_the_same_way(
     assert (start["val_loss"] == before["val_loss"]) == (evaluated == 1)
 
 
+def test_a_run_is_timed_in_its_precision_and_at_widths_that_a_gpu_likes(monkeypatch):
+    def noted(models, idx):
+        assert torch.is_autocast_enabled("cpu")
+        return [sum(model.config.mlp_widths) for model in models]  # for their speeds
+
+    monkeypatch.setattr(compare, "prefill_speed", noted)
+    monkeypatch.setitem(ALIGNED, "cpu", 8)
+    metrics = run("--method topv --dtype bfloat16 --leftover 0.3 --out run")
+    assert metrics["result"]["widths"] == [19, 19]
+    assert [metrics[name]["prefill_tokens_per_second"] for name in ("start", "result")] == [128, 48]
+
+
 def test_epochs_set_the_steps():
     epochs = 10 / len(load_once("stdlib", "train", 257, 32, None, None))
     flags = "--model small --block-size 32 --batch-size 2 --device cpu --out run --epochs"
@@ -249,6 +261,8 @@ def test_two_ways_to_the_same_weights(one, other, monkeypatch):
                         or real(block, backend="eager", **how))
     in_double(monkeypatch)
     run(f"--batch-size 4 --method {one} --out one")
+    if "--compile" in other:  # with widths as on a GPU
+        monkeypatch.setitem(ALIGNED, "cpu", 8)
     run(f"--batch-size 4 --method {other} --out other")
     assert_same_weights("one", "other", 1e-9)
     assert len(compiled) == (2 if "--compile" in other else 0)  # blocks
