@@ -106,8 +106,8 @@ class MLP(nn.Module):
     every product in its gradient has a zero factor. Skipping it gives the same, for less work.
 
     `keep`: indices of the kept neurons [k], None = all.
-    `record`: called with their h [B, T, k] at every forward pass, None = nobody. On a GPU, where
-    neurons are skipped, zero ones fill it up to k', a multiple of 64.
+    `record`: called with their h [B, T, k] at every forward pass, None = nobody. On a GPU, while
+    neurons are skipped, h is filled up with zero neurons to k', a multiple of 64.
     """
 
     def __init__(self, config, layer):
@@ -116,8 +116,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(config.mlp_widths[layer], config.n_embd)
         self.keep, self.record = None, None
 
-    def kept(self, multiple_of=1):
-        """W1 [k', d], b1 [k'], W2 [d, k'] of the kept neurons, and zero ones up to a multiple."""
+    def kept_weights(self, multiple_of=1):
+        """W1 [k', d], b1 [k'], W2 [d, k'] of the kept neurons, then zeros to a `multiple_of`."""
         w1, b1, w2 = self.c_fc.weight, self.c_fc.bias, self.c_proj.weight  # [m, d] [m] [d, m]
         if self.keep is not None:
             # w1[keep] would do, but its gradient is sorted into place: several times slower.
@@ -130,7 +130,8 @@ class MLP(nn.Module):
         return w1, b1, w2
 
     def forward(self, x):
-        w1, b1, w2 = self.kept(1 if self.keep is None else ALIGNED.get(x.device.type, 1))
+        w1, b1, w2 = self.kept_weights(
+            1 if self.keep is None else ALIGNED.get(x.device.type, 1))
         h = F.gelu(F.linear(x, w1, b1), approximate="tanh")  # [B, T, d] -> [B, T, k']
         if self.record is not None:
             self.record(h)

@@ -6,7 +6,7 @@ work, the distillation loss, and `shrink`.
 
 A neuron j of a layer is one group: row j of W1, entry j of b1, column j of W2, with one score S_j.
 A layer has m neurons, k of which are kept at this step; the network has N. The kept ones are put
-in `mlp.keep` [k]; the others are skipped (`model.MLP` says why that equals a mask).
+in `mlp.keep` [k]; the others are skipped (`model.MLP` says why that equals a mask, and what k' is).
 """
 
 from contextlib import contextmanager
@@ -88,15 +88,27 @@ def magnitude(mlp, _):
     return (w1.square().sum(1) + b1.square() + w2.square().sum(0)).sqrt()
 
 
+@contextmanager
+def exactly():
+    """In all digits of float32: TF32, in which a GPU trains, has too few to solve equations."""
+    usual = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(usual)
+
+
 def cholesky(C, ridge=1e-2):
     """The lower L [k, k] of L L^T = C + ridge * (mean of C's diagonal), lest C be singular. NaN if
     C is not finite: then so is the loss, which tells."""
-    C = C.clone()
-    C.diagonal().add_(ridge * C.diagonal().mean() + torch.finfo(C.dtype).tiny)
-    L, failed = torch.linalg.cholesky_ex(C)
+    added = ridge * C.diagonal().mean() + torch.finfo(C.dtype).tiny
+    eye = torch.eye(len(C), out=torch.empty_like(C))
+    L, failed = torch.linalg.cholesky_ex(C + added * eye)
     return torch.where(failed == 0, L, float("nan"))
 
 
+@exactly()
 def surgeon(measured, C):
     """S_j = E[(dL/dh_j)^2] / (C^-1)_jj, how much the loss would rise without j if the others of its
     layer took over what they can of it: Optimal Brain Surgeon for whole neurons. [k]
@@ -105,11 +117,12 @@ def surgeon(measured, C):
     can't give, where C = E[h h^T] [k, k], and a ridge. How much the loss minds it is `measured`
     [k], E[(dL/dh_j)^2]: to second order, with Fisher's matrix for the Hessian, as in K-FAC.
     """
-    eye = torch.eye(len(C), dtype=C.dtype, device=C.device)
+    eye = torch.eye(len(C), out=torch.empty_like(C))
     half = torch.linalg.solve_triangular(cholesky(C), eye, upper=False)
     return measured / half.square().sum(0)  # C^-1 = half^T half
 
 
+@exactly()
 def take_over(w2, C, kept, lost):
     """W2_kept += W2_lost a^T, in place: the columns `kept` [k] of W2 [d, m] do what they can of
     those `lost` [l], where h_lost is about a^T h_kept by least squares, and C = E[h h^T] [m, m]."""
@@ -231,7 +244,7 @@ class Pruner(nn.Module):
             measured = self.measured.split(self.widths)
             self.scores.copy_(torch.cat(list(map(self.method.score, self.mlps, measured))))
         v_t, progress = v_at(step, self.leftover, **self.when), 1 - cubic(step, **self.when)
-        over = self.method.surgery and progress == 1  # nobody leaves any more
+        over = self.method.surgery and progress == 1  # after this choice nobody leaves
         self.recorded = bool(self.C or self.method.measure) and not over
         if v_t == 1 and not (self.method.threshold and progress):  # all stay: nothing to wait for
             for mlp in self.mlps:
@@ -266,13 +279,10 @@ class Pruner(nn.Module):
 
     def examine(self):
         """Compute the scores; those of what is gone are -1."""
-        usual = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")  # a GPU's TF32 is too coarse for C^-1
         of_layers = (x.split(self.widths) for x in (self.measured, self.scores))
         for C, measured, S in zip(self.C, *of_layers):
             here = (S != -1).nonzero().squeeze(1)  # [k]
             S[here] = self.method.score(measured[here], C[here[:, None], here])
-        torch.set_float32_matmul_precision(usual)
 
     def operate(self, kept):
         """Have those that stay, `kept` [N], take over the part of those that leave."""
@@ -315,22 +325,20 @@ class Pruner(nn.Module):
             if layer in self.fading:  # once a step, from however many micro-batches h comes
                 C *= 1 - self.lambda_sim
                 self.fading.remove(layer)
-            h, here = chosen(h, tokens), C[self.at(layer, 2)]  # [tokens, k'] [k, k]
+            h, old = chosen(h, tokens), C[self.at(layer, 2)]  # [tokens, k'] [k, k]
             h = h.to(C.dtype) if self.method.surgery else h  # C is to have an inverse
             with torch.autocast(h.device.type, enabled=False):  # or h is bfloat16 again
                 # `average` takes the mean over processes, and this is to be the batch's sum.
-                gram = (h.T @ h)[: len(here), : len(here)].to(C.dtype)  # [k', k'] -> [k, k]
-                here += self.lambda_sim * world_size() * gram
-                C[self.at(layer, 2)] = here
+                new = (h.T @ h)[: len(old), : len(old)].to(C.dtype)  # [k', k'] -> [k, k]
+                C[self.at(layer, 2)] = old.add_(self.lambda_sim * world_size() * new)
 
     @torch.no_grad()
     def add_measured(self, layer, tokens, values):
         """Add what the method measures of `values` [B, T, k'], one layer's h or dL/dh."""
-        values = chosen(values, tokens)  # [tokens, k']
         sums = self.sums[:-1].split(self.widths)[layer]  # [m]
-        here = sums[self.at(layer)]  # [k]
-        here += self.method.measure(values.to(sums.dtype)).sum(0)[: len(here)]
-        sums[self.at(layer)] = here
+        old = sums[self.at(layer)]  # [k]
+        values = chosen(values, tokens)[:, : len(old)]  # [tokens, k]
+        sums[self.at(layer)] = old.add_(self.method.measure(values.to(sums.dtype)).sum(0))
         self.sums[-1] += len(values) * (layer == 0)
 
     def average(self):
@@ -463,7 +471,7 @@ def shrink(model, multiple_of=1):
     faster so; the model computes the same."""
     widths = []
     for mlp in (block.mlp for block in model.h):
-        w1, b1, w2 = map(nn.Parameter, mlp.kept(multiple_of))  # [k', d] [k'] [d, k']
+        w1, b1, w2 = map(nn.Parameter, mlp.kept_weights(multiple_of))  # [k', d] [k'] [d, k']
         mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.keep = w1, b1, w2, None
         mlp.c_fc.out_features = mlp.c_proj.in_features = len(b1)
         widths.append(len(b1))

@@ -624,10 +624,7 @@ def join_processes(flags):
 def main():
     flags = parse()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # A pruned neuron's mean gradient fades to numbers so small that they slow a CPU down.
-    torch.set_flush_denormal(True)
-    if (flags.device or cli.best_device()) != "cpu":
-        torch.set_float32_matmul_precision("high")  # TF32: by far faster, near enough to train
+    cli.compute_fast(flags.device or cli.best_device())
     try:
         if PROCESSES > 1:
             join_processes(flags)
@@ -638,7 +635,7 @@ def main():
             dist.destroy_process_group()
     except (ValueError, OSError, FloatingPointError) as error:
         fail(error)
-    except RuntimeError as error:  # torch has no exceptions of its own for these
+    except Exception as error:  # torch has no exceptions of its own for these
         if re.search(cli.LACKS, str(error)):
             fail("out of memory: try --accumulate, --gradient-checkpointing or a smaller "
                  "--block-size")

@@ -3,8 +3,9 @@
     python -m results.bench steps --model gpt2      a step of training, by each method
     python -m results.bench trainings --model gpt2  whole short trainings, by each method
     python -m results.bench generation out/RUN ...  reading and writing, pruned against dense
-    python -m results.bench report                  this machine, steps and generation for a model's
-                                                    shape, GPU against CPU: to paste into an issue
+    python -m results.bench report                  this machine, steps, trainings and generation
+                                                    for a model's shape, GPU against CPU: to paste
+                                                    into an issue
 
 What a task can't do without are operations (a multiply-add is 2) and bytes. Divided by how many of
 each the machine does in a second, they give the least time it can take, and the floor of a ratio.
@@ -33,7 +34,7 @@ from tqdm import tqdm
 
 import data
 import measure
-from model import GPT, TINY, GPTConfig, KVCache, read_config
+from model import ALIGNED, GPT, TINY, GPTConfig, KVCache, read_config
 from prune import METHODS, Pruner, shrink, top_v, v_at
 from results import cli, runs
 from results.cli import ABOVE_0, DEVICE, Flag
@@ -70,12 +71,6 @@ def free():
     """Give back what nobody holds any more, so that it is there for what comes next."""
     gc.collect()
     torch.cuda.empty_cache()
-
-
-def as_in_training(device):
-    """Have torch compute as train.py has it."""
-    torch.set_flush_denormal(True)
-    torch.set_float32_matmul_precision("highest" if device == "cpu" else "high")
 
 
 def attempt(task, *args):
@@ -201,6 +196,7 @@ def stepper(config, shape, names, args):
 
 
 def some_steps(config, shape, name, args):
+    cli.compute_fast(args.device)  # in a process of its own
     step = stepper(config, shape, [name], args)
     for _ in range(3):
         step(name, 1.0)
@@ -316,7 +312,7 @@ def steps(args):
         raise ValueError("--compile and --gradient-checkpointing do not go together")
     config = config_of(args.model)
     shape = args.batch_size, min(args.block_size, config.n_positions)
-    as_in_training(args.device)
+    cli.compute_fast(args.device)
     peak = peak_of_steps(config, shape, args)
     rows = {name: (name, None) for name in ROWS}
     if args.sim_tokens:
@@ -382,7 +378,7 @@ def trainings(args):
         if name not in known:
             raise ValueError(f"--methods: {name} is not one of {', '.join(known)}")
     config = config_of(args.model)
-    as_in_training(args.device)
+    cli.compute_fast(args.device)
     show_trainings(config, (args.batch_size, min(args.block_size, config.n_positions)), names, args)
 
 
@@ -431,16 +427,11 @@ def in_transformers(paths, device, dtype):
                 for path in (*paths, padded)]
 
 
-def multiple(device, dtype):
-    """What widths are rounded up to a multiple of, with zero neurons, before they are timed: 64 is
-    what NVIDIA recommends for matrix products in 16 bits."""
-    return 64 if device != "cpu" and dtype == torch.bfloat16 else 1
-
-
 def ready(model, device, dtype):
-    """`model` as it is timed."""
-    if multiple(device, dtype) > 1:
-        shrink(model, multiple(device, dtype))
+    """`model` as it is timed: on a GPU its widths are rounded up with zero neurons."""
+    multiple_of = ALIGNED.get(torch.device(device).type, 1)
+    if multiple_of > 1:
+        shrink(model, multiple_of)
     return model.to(device, dtype)
 
 
@@ -495,10 +486,10 @@ def by_batch(read, models, T, new, args):
 
 
 def show_widths(args):
-    n = multiple(args.device, getattr(torch, args.dtype))
+    n = ALIGNED.get(torch.device(args.device).type, 1)
     print("Widths are timed as they are." if n == 1 else
-          f"Widths are timed rounded up to multiples of {n} with zero neurons, as suits bfloat16 "
-          "on a GPU: the same function. What is allowed is counted without them.")
+          f"Widths are timed rounded up to multiples of {n} with zero neurons, as suits a GPU: the "
+          "same function. What is allowed is counted without them.")
 
 
 def show_overhead(short):
@@ -561,6 +552,7 @@ def generation(args):
                              "with --dense DIR")
         pairs.append((dense.path, run.path))
     at = [lengths(read_config(path)) for _, path in pairs]
+    cli.compute_fast(args.device)
     peak = [[peak_memory(args.device, load_and_generate, path, args.device, dtype, (8, T), new)
              for path in paths] for paths, (T, new) in zip(pairs, at)]
     show_widths(args)
@@ -683,7 +675,7 @@ def section(title, show, *args):
 
 def report(args):
     """Measure what matters on this machine, and print it as markdown, to paste into an issue. Made
-    to take some ten minutes on a GPU; on a CPU it is of a small model, and takes one or two."""
+    to take some ten minutes on a GPU; on a CPU it is of a small model, and takes about five."""
     small = dict(model="tiny", batch_size=32, block_size=64, dtype="float32")
     usual = dict(model="gpt2", batch_size=16, block_size=1024, dtype="bfloat16")
     given = {name: value for name, value in vars(args).items() if value is not None}
@@ -692,7 +684,7 @@ def report(args):
     config = config_of(args.model)
     shape = args.batch_size, min(args.block_size, config.n_positions)
     table = cases_of({name: (name, None) for name in ("none", "topv", "gum")}, args.distill)
-    as_in_training(args.device)
+    cli.compute_fast(args.device)
     peak = peak_of_steps(config, shape, args)
     print("# How fast pruning is here\n\n`"
           + shlex.join(["python", "-m", "results.bench", *sys.argv[1:]]) + "`")

@@ -158,7 +158,7 @@ def timed(function, device):
 
 
 def as_timed(model):
-    """`model`, on a GPU with its widths rounded up, as `export --multiple-of` does."""
+    """`model`, on a GPU a copy with its widths rounded up, as `export --multiple-of` does."""
     multiple_of = ALIGNED.get(model.wte.weight.device.type, 1)
     if all(m % multiple_of == 0 for m in model.config.mlp_widths):
         return model

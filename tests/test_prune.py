@@ -424,10 +424,21 @@ def test_of_two_equal_neurons_one_leaves_and_the_other_does_the_work_of_both():
     assert abs(reference_loss(run.model, batch, 0.0, None) - before) < 1e-3
 
 
+def test_equations_are_solved_in_full_precision(monkeypatch):
+    seen, real = [], prune.cholesky
+    monkeypatch.setattr(prune, "cholesky", lambda C: (
+        seen.append(torch.get_float32_matmul_precision()), real(C))[1])
+    usual = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    trained("obs", make_batches(10))
+    assert {*seen} == {"highest"} and torch.get_float32_matmul_precision() == "high"
+    torch.set_float32_matmul_precision(usual)
+
+
 @pytest.mark.parametrize("C", [math.inf, math.nan, -1.0])
 def test_what_diverges_is_told_by_the_loss(C):
     run = begin("obs", 10, scope="16,6,20", leftover=42 / N)
-    run.pruner.C[1].fill_(C)
+    run.pruner.C[1][3, 3] = C
     run.pruner.select(2)
     assert run.model.h[1].mlp.c_proj.weight.isnan().any()
     assert not run.model.h[0].mlp.c_proj.weight.isnan().any()

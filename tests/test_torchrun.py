@@ -58,13 +58,13 @@ def make(run, kept, out):
 
 def torchrun(victim, *runs):
     """Two processes make the runs, and in the last of them process `victim` is killed, or, if that
-    is 2, process 0 is told to stop. Returns their output."""
+    is "stop", process 0 is told to stop. Returns their output."""
     command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2".split()]
     env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parents[1]))
-    job = subprocess.run([*command, __file__, str(victim), *runs], env=env, text=True, timeout=300,
+    job = subprocess.run([*command, __file__, str(victim), *runs], env=env, text=True, timeout=900,
                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert job.returncode and all(Path(f"{run}.kept1").exists() for run in runs[:-1]), job.stdout
-    assert time.time() - Path("interrupted").stat().st_mtime < 60, job.stdout  # it has not hung
+    assert time.time() - Path("interrupted").stat().st_mtime < 25, job.stdout  # it has not hung
     return job.stdout
 
 
@@ -131,7 +131,7 @@ def test_when_one_process_dies_the_job_ends_and_goes_on_from_a_checkpoint(kept):
 
 
 def test_who_is_not_writing_the_checkpoint_waits_for_it(kept):
-    output = torchrun(2, "topv --out stopped")
+    output = torchrun("stop", "topv --out stopped")
     assert f"stopped after step {DEATH} of {STEPS}" in output and "--resume" in output
     assert Path("found").read_text() == str(DEATH)
     make("topv --out stopped --resume", kept, "alone-2")
@@ -140,9 +140,9 @@ def test_who_is_not_writing_the_checkpoint_waits_for_it(kept):
 
 def interrupt(victim):
     """What happens to this process in the middle of a step."""
-    if victim == train.PROCESS or victim == 2 and train.PROCESS == 0:
+    if victim == str(train.PROCESS) or victim == "stop" and train.PROCESS == 0:
         Path("interrupted").touch()
-        if victim == 2:
+        if victim == "stop":
             signal.raise_signal(signal.SIGUSR1)
         else:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -164,13 +164,13 @@ if __name__ == "__main__":  # one of the processes that torchrun launches
     victim, *runs, last = sys.argv[1:]
     for run in runs:
         make(run, kept, run)
-    hook(patch, *STEP, DEATH, None, lambda _: interrupt(int(victim)))
-    if victim == "2":
+    hook(patch, *STEP, DEATH, None, lambda _: interrupt(victim))
+    if victim == "stop":
         patch.setattr(train, "save", slowly(train.save))
     train.join_processes = lambda _: None  # it has
     sys.argv = ["train.py", *FLAGS.split(), "--method", *last.split()]
     try:
         train.main()
-    finally:  # told to stop
-        if train.PROCESS == 1:
+    finally:
+        if victim == "stop" and train.PROCESS == 1:
             Path("found").write_text(str(saved_step("stopped")))
