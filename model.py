@@ -117,7 +117,7 @@ class MLP(nn.Module):
         self.keep, self.record = None, None
 
     def kept_weights(self, multiple_of=1):
-        """W1 [k', d], b1 [k'], W2 [d, k'] of the kept neurons, then zeros to a `multiple_of`."""
+        """W1 [k', d], b1 [k'], W2 [d, k'] of the kept neurons, and zeros up to a multiple."""
         w1, b1, w2 = self.c_fc.weight, self.c_fc.bias, self.c_proj.weight  # [m, d] [m] [d, m]
         if self.keep is not None:
             # w1[keep] would do, but its gradient is sorted into place: several times slower.
@@ -130,8 +130,8 @@ class MLP(nn.Module):
         return w1, b1, w2
 
     def forward(self, x):
-        w1, b1, w2 = self.kept_weights(
-            1 if self.keep is None else ALIGNED.get(x.device.type, 1))
+        multiple_of = 1 if self.keep is None else ALIGNED.get(x.device.type, 1)
+        w1, b1, w2 = self.kept_weights(multiple_of)
         h = F.gelu(F.linear(x, w1, b1), approximate="tanh")  # [B, T, d] -> [B, T, k']
         if self.record is not None:
             self.record(h)

@@ -90,7 +90,7 @@ def magnitude(mlp, _):
 
 @contextmanager
 def exactly():
-    """In all digits of float32: TF32, in which a GPU trains, has too few to solve equations."""
+    """In full float32: TF32, in which a GPU trains, is too coarse to solve equations."""
     usual = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -429,10 +429,7 @@ def in_transformers(paths, device, dtype):
 
 def ready(model, device, dtype):
     """`model` as it is timed: on a GPU its widths are rounded up with zero neurons."""
-    multiple_of = ALIGNED.get(torch.device(device).type, 1)
-    if multiple_of > 1:
-        shrink(model, multiple_of)
-    return model.to(device, dtype)
+    return shrink(model, ALIGNED.get(torch.device(device).type, 1)).to(device, dtype)
 
 
 def load_and_generate(path, device, dtype, shape, new):

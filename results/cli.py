@@ -1,5 +1,6 @@
 """The command line of train.py, measure.py and the programs in results/: a look at the flags before
-torch is imported, which takes seconds; what a flag is; what becomes of mistakes."""
+torch is imported, which takes seconds; what a flag is; how torch computes; what becomes of
+mistakes."""
 
 import argparse
 import os

@@ -430,15 +430,18 @@ def test_equations_are_solved_in_full_precision(monkeypatch):
         seen.append(torch.get_float32_matmul_precision()), real(C))[1])
     usual = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
-    trained("obs", make_batches(10))
-    assert {*seen} == {"highest"} and torch.get_float32_matmul_precision() == "high"
-    torch.set_float32_matmul_precision(usual)
+    try:
+        trained("obs", make_batches(10))
+        assert {*seen} == {"highest"} and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(usual)
 
 
+@pytest.mark.parametrize("where", [..., (3, 3)], ids=["everywhere", "in one place"])
 @pytest.mark.parametrize("C", [math.inf, math.nan, -1.0])
-def test_what_diverges_is_told_by_the_loss(C):
+def test_what_diverges_is_told_by_the_loss(C, where):
     run = begin("obs", 10, scope="16,6,20", leftover=42 / N)
-    run.pruner.C[1][3, 3] = C
+    run.pruner.C[1][where] = C
     run.pruner.select(2)
     assert run.model.h[1].mlp.c_proj.weight.isnan().any()
     assert not run.model.h[0].mlp.c_proj.weight.isnan().any()
