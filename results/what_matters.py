@@ -94,7 +94,8 @@ class Study:
     def __init__(self, known, args):
         self.known, self.wanted, self.args = known, {}, args
         self.folder, self.tiny = Path(args.out), args.model == "tiny"
-        self.lrs = (1e-3, 2e-3, 4e-3, 8e-3) if self.tiny else (2.5e-4, 5e-4, 1e-3, 2e-3)
+        lowest = 5e-4 if self.tiny else 1.25e-4
+        self.lrs = tuple(lowest * 2**n for n in range(5))
 
     def want(self, flags):
         """The row of a run, or None: then it is wanted."""
@@ -142,24 +143,25 @@ class Study:
 
     def tuned(self, how, leftover=0.1, dense=0, distill=None, teacher=None, **more):
         """The flags of a method: `how`, and the rate, and for soft movement and GUM the lambda,
-        that suit it. 75 % left has those of 50 %; where only the end is given, up to 30 % has the
-        rate of 30 %, else that of 70 %; longer trainings and dense models of other seeds those of
-        STEPS from dense0. None as long as they are not known."""
+        that suit it. Below 50 % the lowest rate is left out. Where only the end is given, up to
+        30 % has the rate of 30 %, else that of 70 %; longer trainings and dense models of other
+        seeds those of STEPS from dense0. None as long as they are not known."""
         flags, given = self.start(dense if dense == OTHER_SHAPE else 0) | how, dict(more)
         flags |= dict(distill=distill, teacher=teacher)
         if "dataset" in more:
             flags |= more
         if more.get("steps", STEPS) < STEPS and self.tiny:
             flags["steps"] = more["steps"]
+        lrs = self.lrs
         if how["method"] != "none":
-            flags["leftover"] = min(leftover, 0.5)
-            given["leftover"] = leftover
+            flags["leftover"] = leftover
+            lrs = lrs[leftover < 0.5:]
         if "prune_until" in how and "prune_from" not in how:
             flags["prune_until"] = 0.3 if how["prune_until"] <= 0.3 else 0.7
             given["prune_until"] = how["prune_until"]
         if how["method"] == "soft":
-            flags = self.best(flags | dict(lr=self.lrs[1]), "lambda_mvp", (2.0, 20.0, 200.0))
-        flags = self.best(flags, "lr", self.lrs)
+            flags = self.best(flags | dict(lr=self.lrs[2]), "lambda_mvp", (2.0, 20.0, 200.0))
+        flags = self.best(flags, "lr", lrs)
         if how["method"] == "gum":
             flags = self.best(flags, "lambda_gum", (1.0, 10.0, 100.0))
         return flags and flags | given | dict(model=self.start(dense)["model"])
@@ -185,7 +187,7 @@ class Study:
                 its = dict(model=str(self.folder / f"{new}-{row['widths']}-seed{seed}"))
             return self.start() | its | how | dict(seed=seed, lr=lr)
 
-        tuned = how if "lr" in how else self.best(with_widths(TUNING), "lr", self.lrs)
+        tuned = how if "lr" in how else self.best(with_widths(TUNING), "lr", self.lrs[1:])
         return lambda seed: tuned and with_widths(seed, tuned["lr"])
 
     def questions(self):
@@ -209,7 +211,8 @@ class Study:
                     "GUM, v reached at 30 %": EARLY, "OBS": OBS}
             return Question(f"Fine-pruning on {about}, to 10 %", {
                 label: {"": self.run(how, **more)} for label, how in rows.items()},
-                PAIRS[1:] + (("GUM, v reached at 30 %", "GUM"),), 3)
+                PAIRS[1:] + (("GUM, v reached at 30 %", "GUM"),
+                             ("OBS", "GUM, v reached at 30 %")), 3)
 
         def distilling():  # when it is asked for: only then is a Hub's model's teacher wanted
             return dict(distill=True, teacher=self.dense())
@@ -222,7 +225,9 @@ class Study:
                 "Top_v": {"each layer alike": self.run(TOP_V), "as GUM": self.as_gum(TOP_V)},
                 "GUM": {"as GUM": self.run(GUM)},
                 "New neurons": {"as GUM": self.as_gum(DENSE | dict(new="neurons"))}},
-                ((("Random", "as GUM"), ("Random", "each layer alike")),
+                ((("Top_v", "each layer alike"), ("Random", "each layer alike")),
+                 (("Top_v", "as GUM"), ("Random", "as GUM")),
+                 (("Random", "as GUM"), ("Random", "each layer alike")),
                  (("Top_v", "as GUM"), ("Top_v", "each layer alike")),
                  (("Magnitude", "as GUM"), ("Magnitude", "each layer alike")),
                  *(((name, "as GUM"), ("GUM", "as GUM"))
@@ -240,9 +245,9 @@ class Study:
         global_later, obs_later, global_now, obs_now = schedules
         yield "surgeon", Question("OBS, or its schedule: when neurons leave", {
             name: {f"{leftover:.0%}": self.run(how, leftover=leftover) for leftover in LEFTOVERS}
-            for name, how in schedules.items()},
-            ((obs_later, global_later), (obs_now, global_now), (obs_now, global_later),
-             (obs_now, obs_later)))
+            for name, how in ({"Global Top_v, from 10 to 70 %": GLOBAL} | schedules).items()},
+            ((global_later, "Global Top_v, from 10 to 70 %"), (obs_later, global_later),
+             (obs_now, global_now), (obs_now, global_later), (obs_now, obs_later)))
         weights = tuple(((scope, weight), (scope, "0")) for scope in ("each layer", "all layers")
                         for weight in ("1", "10", "100"))
         yield "uniqueness", Question("The weight of uniqueness, at 10 %", uniqueness(), weights)
@@ -267,7 +272,8 @@ class Study:
                 PAIRS, 3)
             yield "other-models", Question("From other dense models, to 10 %", {
                 name: {f"seed {dense}": self.run(how, dense=dense) for dense in (0, 1, 2)}
-                for name, how in (MAIN | {"GUM, v reached at 30 %": EARLY}).items()}, PAIRS)
+                for name, how in (MAIN | {"GUM, v reached at 30 %": EARLY}).items()},
+                PAIRS + (("OBS", "GUM, v reached at 30 %"),))
             yield "how-long", Question("How long, at 10 %", {
                 name: {f"{steps:,} steps": self.run(how, steps=steps)
                        for steps in (50, 100, 200, 400, 1000, 3000)}
