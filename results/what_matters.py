@@ -61,8 +61,11 @@ OTHER_SHAPE = "6x192"  # 6 layers of width 192, 4,608 MLP neurons
 GLOBAL, EARLY = TOP_V | dict(scope="global"), GUM | dict(prune_until=0.3)
 METHODS = {"Magnitude": MAGNITUDE, "Random": RANDOM, "Top_v": TOP_V, "Soft movement": SOFT,
            "Global Top_v": GLOBAL, "GUM": GUM, "OBS": OBS}
+GUM_EARLY = "GUM, v reached at 30 %"
 MAIN = {name: METHODS[name] for name in ("Random", "Top_v", "Global Top_v", "GUM", "OBS")}
+MAIN_EARLY = MAIN | {GUM_EARLY: EARLY}
 PAIRS = (("Top_v", "Random"), ("Global Top_v", "Top_v"), ("GUM", "Global Top_v"), ("OBS", "GUM"))
+PAIRS_EARLY = PAIRS + ((GUM_EARLY, "GUM"), ("OBS", GUM_EARLY))
 
 
 class Question(NamedTuple):
@@ -207,12 +210,11 @@ class Study:
             hub = data.DATASETS[name].get("hub")
             if self.args.data and hub:
                 more["data_path"] = str(Path(self.args.data, hub))
-            rows = {"Dense": DENSE, "Top_v": TOP_V, "Global Top_v": GLOBAL, "GUM": GUM,
-                    "GUM, v reached at 30 %": EARLY, "OBS": OBS}
+            rows = {"Dense": DENSE, **MAIN_EARLY}
+            del rows["Random"]
             return Question(f"Fine-pruning on {about}, to 10 %", {
                 label: {"": self.run(how, **more)} for label, how in rows.items()},
-                PAIRS[1:] + (("GUM, v reached at 30 %", "GUM"),
-                             ("OBS", "GUM, v reached at 30 %")), 3)
+                PAIRS_EARLY[1:], 3)
 
         def distilling():  # when it is asked for: only then is a Hub's model's teacher wanted
             return dict(distill=True, teacher=self.dense())
@@ -255,7 +257,8 @@ class Study:
             "The methods", {"Dense": {"all": self.run(DENSE)}} | methods(), PAIRS)
         yield "methods-distilled", Question(
             "The methods, distilled", {"Dense": {"all": self.run(DENSE, **distilling())}}
-            | methods(**distilling()), PAIRS)
+            | methods(**distilling()) | {GUM_EARLY: {"10%": self.run(EARLY, **distilling())}},
+            PAIRS_EARLY)
         yield "uniqueness-distilled", Question(
             "The weight of uniqueness, at 10 %, distilled", uniqueness(**distilling()), weights)
         yield "memory", Question("How much of the similarity is the last batch's, at 10 %", {
@@ -268,22 +271,22 @@ class Study:
                     DENSE | FROM_SCRATCH | dict(new="scratch", steps=DENSE_STEPS + STEPS))}},
                 (("From scratch", "GUM"),), 3)
             yield "other-shape", Question("Another shape: 6 layers of width 192, to 10 %", {
-                name: {"": self.run(how, dense=OTHER_SHAPE)} for name, how in MAIN.items()},
-                PAIRS, 3)
+                name: {"": self.run(how, dense=OTHER_SHAPE)} for name, how in MAIN_EARLY.items()},
+                PAIRS_EARLY, 3)
             yield "other-models", Question("From other dense models, to 10 %", {
                 name: {f"seed {dense}": self.run(how, dense=dense) for dense in (0, 1, 2)}
-                for name, how in (MAIN | {"GUM, v reached at 30 %": EARLY}).items()},
-                PAIRS + (("OBS", "GUM, v reached at 30 %"),))
+                for name, how in MAIN_EARLY.items()}, PAIRS_EARLY)
+            later = {global_later: schedules[global_later]}
             yield "how-long", Question("How long, at 10 %", {
                 name: {f"{steps:,} steps": self.run(how, steps=steps)
                        for steps in (50, 100, 200, 400, 1000, 3000)}
-                for name, how in (MAIN | {global_later: schedules[global_later]}).items()},
-                PAIRS + (("OBS", global_later),), 3)
+                for name, how in (MAIN | later).items()}, PAIRS + (("OBS", global_later),), 3)
             yield "short", Question("Short trainings", {
                 name: {f"{leftover:.0%}, {steps} steps": self.run(how, leftover=leftover,
                                                                   steps=steps)
                        for leftover in (0.25, 0.1) for steps in (50, 100)}
-                for name, how in METHODS.items()}, tuple(("OBS", name) for name in [*METHODS][:-1]))
+                for name, how in (METHODS | later).items()},
+                tuple(("OBS", name) for name in METHODS | later if name != "OBS"))
             # Steps of 1,400 to 3,300 tokens; stdlib's have 2,048. toysql is soon learned.
             yield "toysql", transfer("toysql in 100 steps", "toysql", steps=100)
             yield "e2e", transfer("E2E", "e2e", batch_size=8)
