@@ -120,7 +120,9 @@ def test_tables_are_made_with_what_the_tuning_runs_have_chosen(made):
     assert {flags["lambda_mvp"] for flags in runs if flags["method"] == "soft"} == {20.0}
     assert len(runs) == 7 * 4 * 5
     tuning = [flags for flags in made if flags.get("seed") == study.TUNING]
-    assert {flags["leftover"] for flags in tuning if flags["method"] != "none"} == {0.1, 0.25, 0.5}
+    lowest = {leftover: min(flags["lr"] for flags in tuning if flags.get("leftover") == leftover)
+              for leftover in (0.1, 0.25, 0.5, 0.75, None)}  # None: of the dense model
+    assert lowest == {0.1: 1e-3, 0.25: 1e-3, 0.5: 5e-4, 0.75: 5e-4, None: 5e-4}
 
 
 def test_a_model_of_another_shape_takes_the_rest_of_the_dense_one(made):
@@ -134,7 +136,8 @@ def test_where_pruning_begins_and_ends_each_schedule_is_tuned_by_itself(made):
     make(only="^surgeon$")
     when = {(flags.get("prune_from"), flags.get("prune_until")) for flags in made
             if flags.get("seed") == study.TUNING and flags["method"] == "topv"}
-    assert when == {(None, 0.3), (0.0, 0.1)}  # of which only the end is given has that of 30 %
+    # Of which only the end is given has that of 30 %.
+    assert when == {(None, None), (None, 0.3), (0.0, 0.1)}
 
 
 def test_only_one_question_is_made_if_one_is_asked_for_and_listing_makes_nothing(made, capsys):
