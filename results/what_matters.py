@@ -146,9 +146,9 @@ class Study:
 
     def tuned(self, how, leftover=0.1, dense=0, distill=None, teacher=None, **more):
         """The flags of a method: `how`, and the rate, and for soft movement and GUM the lambda,
-        that suit it. Below 50 % the lowest rate is left out. Where only the end is given, up to
-        30 % has the rate of 30 %, else that of 70 %; longer trainings and dense models of other
-        seeds those of STEPS from dense0. None as long as they are not known."""
+        that suit it. From 50 % on the highest rate is left out, below it the lowest. Where only
+        the end is given, up to 30 % has the rate of 30 %, else that of 70 %; longer trainings and
+        dense models of other seeds those of STEPS from dense0. None as long as they are unknown."""
         flags, given = self.start(dense if dense == OTHER_SHAPE else 0) | how, dict(more)
         flags |= dict(distill=distill, teacher=teacher)
         if "dataset" in more:
@@ -158,7 +158,7 @@ class Study:
         lrs = self.lrs
         if how["method"] != "none":
             flags["leftover"] = leftover
-            lrs = lrs[leftover < 0.5:]
+            lrs = lrs[:-1] if leftover >= 0.5 else lrs[1:]
         if "prune_until" in how and "prune_from" not in how:
             flags["prune_until"] = 0.3 if how["prune_until"] <= 0.3 else 0.7
             given["prune_until"] = how["prune_until"]
@@ -601,13 +601,28 @@ def cell_of(study, question, row, column, value):
     return text
 
 
+def grid(question, cell, corner=""):
+    """A question's rows and columns in Markdown, with `cell(row, column)` in each."""
+    columns = columns_of(question)
+    lines = [[corner, *columns], ["---"] * (1 + len(columns))]
+    lines += [[row, *(cell(row, column) for column in columns)] for row in question.table]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def table_of(study, question, value="loss"):
     """A question's table in Markdown."""
-    columns = columns_of(question)
-    lines = [["", *columns], ["---"] * (1 + len(columns))]
-    for row in question.table:
-        lines.append([row, *(cell_of(study, question, row, column, value) for column in columns)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return grid(question, lambda row, column: cell_of(study, question, row, column, value))
+
+
+def tuning_of(question):
+    """The rates and lambdas that a question's methods are tuned to, in Markdown."""
+    def cell(row, column):
+        run = question.table[row].get(column)
+        flags = run and run(0) or {}
+        lambdas = (f"λ {flags[name]:g}" for name in ("lambda_gum", "lambda_mvp") if name in flags)
+        return ", ".join([f"{flags['lr']:g}", *lambdas]) if flags else ""
+
+    return grid(question, cell, "learning rate")
 
 
 def differences_of(study, question):
@@ -736,6 +751,8 @@ def report(args):
             for value in ("exact_match", "bleu", "rougeL") if is_made(question, value)]
         parts[name] = "\n\n".join(filter(None, [
             *tables, differences_of(study, question), commands_of(question)]))
+        if name.startswith("methods"):
+            parts[f"tuning-{name}"] = tuning_of(question)
     at_10 = [row for name, row in study.known.items() if re.search(r"--leftover 0\.1\b", name)
              and row["leftover"] < 0.11  # soft movement leaves more
              and not re.search(r"--(dataset|distill|seed 99|prune-until|method obs)", name)
