@@ -67,8 +67,8 @@ def load(dataset, split, vocab_size, block_size, path=None, config=None):
     tok = tokenizer(vocab_size)
     if DATASETS[dataset]["metric"] == "perplexity":
         documents, about = wikitext(split, path, config) if hub else stdlib(split)
-        # 3 stands for the code that makes tokens: raise it when that changes.
-        name = f"{dataset}-{split}-{vocab_size}-3-{about['sha256'][:16]}.bin"
+        # 4 stands for the code that makes tokens: raise it with that.
+        name = f"{dataset}-{split}-{vocab_size}-4-{about['sha256'][:16]}.bin"
         tokens = cached(cache_folder() / name, documents, tok)
         if len(tokens) < max(block_size, 2):
             way_out = ": lower --block-size" * (len(tokens) > 1) or ", too few"
@@ -396,8 +396,8 @@ def toysql(split):
 def read(dataset, split, path, config):
     """A split of a data set with files: (its rows, when asked for, about them).
 
-    Rows are tuples of its columns; "table.header" is a nested one. They are the files' as they are
-    now: the library finds and parses those, but nothing that it keeps comes in between.
+    Rows are tuples of its columns ("table.header" is nested), as the files have them now: nothing
+    that the library keeps comes in between.
     """
     import datasets
     import huggingface_hub
@@ -486,8 +486,8 @@ def parsed(builder, split, files, columns):
     for number in re.findall(r"-of-(\d+)\.", " ".join(map(os.path.basename, files))):
         if int(number) != len(files):
             raise ValueError(f"{len(files)} files are there of {int(number)}")
-    # NA in CSV is text; Parquet of no rows would make the size 0.
-    vars(builder.config).update(keep_default_na=False, batch_size=10_000)
+    # NA in CSV is text, lines end; Parquet of no rows would make the size 0.
+    vars(builder.config).update(keep_default_na=False, keep_linebreaks=True, batch_size=10_000)
     # Each alone, lest its types become another's, or the README's.
     for file in bar("reading", unit="file", of=files):
         builder.info.features, builder.config.data_files = None, {split: [file]}

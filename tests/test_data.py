@@ -142,6 +142,14 @@ def test_stdlib_holds_each_source_once_and_its_content_chooses_the_split(monkeyp
 
 @needs_hub
 @needs_gpt2
+def test_a_folder_of_plain_texts_is_read_with_its_lines_and_spaces():
+    text = "one\n\n  two\r\n = A title = \n\nfour"
+    write({f"texts/{split}.txt": f"{split}\n{text}".encode() for split in ("train", "validation")})
+    for split in "train", "validation":
+        assert documents(load("wikitext", split, path="texts", block_size=4)) == [
+            f"{split}\none\n\n  two\n", " = A title = \n\nfour"]
+
+
 @pytest.mark.parametrize("split, count", [("train", 48), ("validation", 12)])
 def test_wikitext_is_its_articles_with_end_of_text_between(split, count):
     articles = [""]
