@@ -759,10 +759,11 @@ def report(args):
              and re.search(r"dense0 .*--steps 400 ", name)]
     if at_10:
         parts["predictors"] = predictors(at_10)
-    if "where" in parts:
-        parts["measures"] = "\n\n".join(
-            f"{measure.MEASURES[value]}:\n\n{table_of(study, questions['where'], value)}"
-            for value in ("sensitivity", "uniqueness", "span_uniqueness"))
+    for name in ("methods", "methods-distilled", "where"):
+        if name in parts:
+            parts[f"measures-{name}"] = "\n\n".join(
+                f"{measure.MEASURES[value]}:\n\n{table_of(study, questions[name], value)}"
+                for value in ("sensitivity", "uniqueness", "span_uniqueness"))
     if not study.tiny:  # whose page that is
         print(*parts.values(), sep="\n\n")
         return
