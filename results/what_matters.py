@@ -541,6 +541,7 @@ def make(args):
                     running[pool.submit(make_run, flags, folder_of(flags, folder))] = name, flags
             if not running:
                 break
+            finished = []
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 name, flags = running.pop(future)
                 error = future.exception()
@@ -548,13 +549,16 @@ def make(args):
                     raise error
                 if error:
                     failed[name] = error
-                    continue
-                with FileLock(CSV.with_suffix(".lock")):
-                    known |= read_rows()  # those that are made elsewhere meanwhile
-                    check_hash(future.result(), known)
-                    known[name] = future.result()
-                    write_rows(known)
-                bar.update()
+                else:
+                    finished.append((flags, future.result()))
+            with FileLock(CSV.with_suffix(".lock")):
+                known |= read_rows()  # those that are made elsewhere meanwhile
+                for _, row in finished:
+                    check_hash(row, known)
+                    known[row["command"]] = row
+                write_rows(known)
+            bar.update(len(finished))
+            for flags, _ in finished:
                 if "out" not in flags:
                     made = folder_of(flags, folder)
                     shutil.rmtree(made)
