@@ -122,7 +122,7 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
     progress = SimpleNamespace(step=0, saved=0, since=0, loss=0.0, norm=0.0, tokens=0, seconds=0.0,
                                log=runs.log_state(b""), started=runs.model_state(model))
     parts = dict(model=model, pruner=pruner, optimizer=optimizer)
-    origin = [runs.FORMAT, settings_of(args), progress.started,
+    origin = [runs.FORMAT, settings_of(args) | dict(data_path=None), progress.started,
               teacher and runs.model_state(teacher)]
     if (folder / "checkpoint.pt").exists():
         restore(folder / "checkpoint.pt", progress, parts, origin)
@@ -382,7 +382,7 @@ def run(flags, implied=False):
 
     out.mkdir(parents=True, exist_ok=True)
     with runs.locked(out, wait=implied) if PROCESS == 0 else nullcontext():
-        if told_by_first((out / "metrics.json").exists):  # another command has finished it
+        if told_by_first((out / "metrics.json").exists):  # made meanwhile
             return finished(out)
         if (out / "checkpoint.pt").exists():
             runs.check_data(about, runs.read_run(out).settings["data"], out, START_OVER)
@@ -393,7 +393,7 @@ def run(flags, implied=False):
         if tiny and not has_dense and uses_dense:
             say(f"first the dense model, in {dense}")
             dense_flags.resume = dense.is_dir() and runs.read_run(dense).state != "new"
-            made = run(dense_flags, implied=True)  # perhaps by another command, meanwhile
+            made = run(dense_flags, implied=True)
             runs.check_data(about, made["data"], dense, START_OVER)
         model = model if source == args.model else load_model(source, args)
         if args.distill:
@@ -594,14 +594,15 @@ def resolve(flags):
     usual |= dict(device=device, dtype="bfloat16" if fast else "float32")
     args = SimpleNamespace(**usual | given)
     if args.out is None:
-        parts = [method, dataset, Path(model).name]
+        own = dataset == "wikitext" and Path(args.data_path or "").name  # a text of one's own?
+        parts = [method, own or dataset, Path(model).name]
         parts += [f"{args.leftover:g}"] * (method != "none") + ["distill"] * distill
         unsaid = {"method", "dataset", "model", "leftover", "distill", "seed", "data_path",
                   "resume", *FLAGS["machine"]}
-        parts += [f"{flag_of(name)[2:]}={Path(value).name if name == 'teacher' else value}"
+        parts += [f"{flag_of(name)[2:]}-{Path(value).name if name == 'teacher' else value}"
                   for name, value in given.items() if name not in unsaid and value != usual[name]]
-        parts, end = [re.sub(r"[^\w.=+-]", "_", part) for part in parts], f"seed{args.seed}"
-        if len("-".join([*parts, end])) > 60:  # the rest is in settings.json and metrics.json
+        parts, end = [re.sub(r"[^\w.+-]", "_", part) for part in parts], f"seed{args.seed}"
+        if len("-".join([*parts, end])) > 60:
             end = f"{zlib.crc32('-'.join(parts).encode()):08x}-{end}"
             while len("-".join([*parts, end])) > 60:
                 parts.pop()

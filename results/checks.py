@@ -9,7 +9,8 @@ def check_leftover(args, widths):
     total, asked = sum(widths), [int(k) for k in re.findall(r"\d+", args.scope or "")]
     if args.method != "none" and args.prune_from > args.prune_until:
         raise ValueError(f"--prune-from {args.prune_from:g} is after --prune-until "
-                         f"{args.prune_until:g}: give a later one (the same: all leave at once)")
+                         f"{args.prune_until:g}: give a later --prune-until, or an earlier "
+                         "--prune-from (the same: all leave at once)")
     if args.method != "none" and not total:
         raise ValueError(f"{args.model} has no MLP neurons left to prune")
     if asked and (len(asked) != len(widths) or any(k > m for k, m in zip(asked, widths))):

@@ -81,6 +81,8 @@ def write_card(folder, metrics, place=None):
     settings, start, result = map(metrics.get, ("settings", "start", "result"))
     config, method, dataset = read_config(folder), settings["method"], settings["dataset"]
     hub, base = data.DATASETS[dataset].get("hub"), metrics.get("base_model")
+    if settings["data_path"]:  # perhaps a text of one's own: it is named by its folder alone
+        hub, dataset = None, Path(settings["data_path"]).resolve().name or dataset
     pruned = method != "none"
     of_data = dict(task_type="text-generation", dataset_type=hub or dataset, dataset_name=dataset,
                    dataset_config=settings["data_config"], dataset_split="validation")
@@ -90,6 +92,9 @@ def write_card(folder, metrics, place=None):
         datasets=[hub] if hub else None, model_name=place.absolute().name, eval_results=[
             EvalResult(metric_type=kind, metric_value=result[key], **of_data)
             for kind, key in (("loss", "val_loss"), ("perplexity", "val_perplexity"))])
+
+    def source(of):  # without the way to a folder
+        return dataset if settings["data_path"] else of["source"]
 
     full, left, name = start["widths"], result["widths"], METHODS[method].name
     family = "GPT-2" if config.model_type == "gpt2" else "GPT-Neo"
@@ -129,7 +134,7 @@ def write_card(folder, metrics, place=None):
         machine=metrics["machine"],
         layers="\n".join(f"| {n} | {m} | {k} | {k / max(m, 1):.2%} |"
                          for n, (m, k) in enumerate(zip(full, left), 1)),
-        data="; ".join(f"{split}, {of['source']}, {of['tokens']:,} tokens, sha256 "
+        data="; ".join(f"{split}, {source(of)}, {of['tokens']:,} tokens, sha256 "
                        f"`{of['sha256']}`" for split, of in metrics["data"].items()),
         left_out=f" ({left_out:,} examples, longer than a block, are left out)" * (left_out > 0),
         hub_name=hub_name, folder=shlex.quote(place.as_posix()),

@@ -178,9 +178,11 @@ def is_temporary(path):
 
 
 def check_settings(run, settings, way_out):
-    """ValueError if one of `settings` is another in `run`."""
+    """ValueError if one of `settings` is another in `run`. Where data are does not matter: they
+    have a hash."""
     different = [f"{name} is {run.settings.get(name)} there and {value} here"
-                 for name, value in settings.items() if run.settings.get(name) != value]
+                 for name, value in settings.items()
+                 if name != "data_path" and run.settings.get(name) != value]
     if different:
         more = f", and {len(different) - 3} more" * (len(different) > 3)
         raise ValueError(f"{run.path} has other settings ({', '.join(different[:3])}{more}): "

@@ -521,11 +521,15 @@ def make(args):
     for flag, path in (("--data", args.data), ("--data-path", args.data_path)):
         if path and not Path(path).is_dir():
             raise ValueError(f"{flag} {path} is no folder: name one with copies of the data")
-    if args.list:
-        for name, flags in wanted_by(args, known).items():
+    wanted = wanted_by(args, known)
+    if not wanted:
+        print("nothing is left to make")
+    elif args.list:
+        for name, flags in wanted.items():
             if flags.get("data_path"):
                 name += f" --data-path {shlex.quote(flags['data_path'])}"
             print(name)
+    if args.list or not wanted:
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     folder.mkdir(parents=True, exist_ok=True)

@@ -94,7 +94,8 @@ def test_an_interrupted_run_whose_data_have_changed_is_refused(capsys):
                  f"run was made with other data|split, {os.getcwd()}/data, has changed since|move")
     assert contents("run") == before
     write_e2e("data", "Aromi")
-    run(f"{flags} --resume")
+    Path("data").rename("elsewhere")  # where they are does not matter
+    run(f"{flags} --resume --data-path elsewhere")
 
 
 @pytest.mark.parametrize("flags", ["--method topv", "--method none --distill"])
@@ -142,6 +143,10 @@ def test_a_file_that_only_ends_like_a_temporary_one_stays():
 def test_a_copy_of_a_run_is_no_other_seed(capsys):
     fake("out/one", "topv")
     shutil.copytree("out/one", "out/two")
+    assert "out/one and out/two are the same run" in refused(capsys, "table", "out/one", "out/two")
+    metrics = runs.read_run("out/two").metrics
+    metrics["settings"]["data_path"] = "a copy of the data"
+    runs.write_json(Path("out/two/metrics.json"), metrics)
     assert "out/one and out/two are the same run" in refused(capsys, "table", "out/one", "out/two")
 
 

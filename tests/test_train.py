@@ -175,7 +175,7 @@ def test_the_name_of_the_folder_tells_the_settings_whatever_is_beside_it():
     Path("out/damaged/metrics.json").write_text("{")
     run("--method topv --leftover 0.25 --scope global --seed 3 --block-size 64")
     (folder,) = {path.name for path in Path("out").iterdir()} - {"damaged"}
-    assert re.fullmatch(r"topv-stdlib-small-0.25-block-size=64-steps=12-\w{8}-seed3", folder)
+    assert re.fullmatch(r"topv-stdlib-small-0.25-block-size-64-steps-12-\w{8}-seed3", folder)
 
 
 def test_other_settings_have_other_names_none_longer_than_60_characters():
@@ -185,8 +185,15 @@ def test_other_settings_have_other_names_none_longer_than_60_characters():
              f"--dataset wikitext --data-config a/b --model {'m' * 99}", f"--model {'m' * 98}n"]
     names = [train.resolve(train.parse(f"--device cpu {words}".split())).out for words in flags]
     assert len(set(names)) == len(flags) and max(len(Path(name).name) for name in names) <= 60
-    assert names[:2] == ["out/gum-stdlib-tiny-0.25-seed0", "out/gum-stdlib-tiny-0.25-steps=9-seed0"]
+    assert names[:2] == ["out/gum-stdlib-tiny-0.25-seed0", "out/gum-stdlib-tiny-0.25-steps-9-seed0"]
     assert all(name.count("/") == 1 for name in names)
+
+
+def test_a_text_of_ones_own_gives_its_runs_their_name():
+    names = {path: train.resolve(train.parse(["--dataset", "wikitext", "--data-path", path])).out
+             for path in ("a/my notes", "a/b/", ".", "copies/Salesforce/wikitext")}
+    assert [name.removesuffix("-tiny-0.25-seed0") for name in names.values()] == [
+        "out/gum-my_notes", "out/gum-b", "out/gum-wikitext", "out/gum-wikitext"]
 
 
 def test_uniqueness_weighs_as_much_when_distilling_but_for_the_papers_samsum():

@@ -313,13 +313,25 @@ def test_the_card_names_data_set_and_model_where_the_hub_has_them(runs):
     for dataset, model, base, hub in (
             ("wikitext", "gpt2", "gpt2", ["Salesforce/wikitext"]), ("e2e", "a/b", "a/b",
             ["tuetschek/e2e_nlg"]), ("stdlib", "tiny", None, None)):
-        how = dict(dataset=dataset, model=model, distill=True, data_config=None)
+        how = dict(dataset=dataset, model=model, distill=True, data_config=None, data_path=None)
         write_card("gum", metrics | dict(base_model=base, teacher="out/taught",
                                          settings=metrics["settings"] | how))
         card = ModelCard.load("gum/README.md")
         assert card.data.get("base_model") == base and card.data.get("datasets") == hub
         assert ", with distillation from out/taught, starting" in card.text
         assert f"from {base or 'a dense model of the same data'}." in card.text
+
+
+def test_the_card_names_a_folder_of_data_by_its_name_alone_and_no_data_set_of_the_hub(runs):
+    metrics = read_run(runs / "gum").metrics
+    ours().save_pretrained("gum")
+    how = dict(dataset="wikitext", data_config=None, data_path="/home/me/my notes")
+    splits = {split: of | dict(source="/home/me/my notes") for split, of in metrics["data"].items()}
+    write_card("gum", metrics | dict(settings=metrics["settings"] | how, data=splits))
+    text = Path("gum/README.md").read_text(encoding="utf-8")
+    assert "trained on my notes, with" in text and "train, my notes, " in text
+    assert ModelCard.load("gum/README.md").data.get("datasets") is None
+    assert "home" not in text and "wikitext" not in text
 
 
 @pytest.mark.parametrize("damage", ["another's", "cut off"])
