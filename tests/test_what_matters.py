@@ -103,6 +103,7 @@ def test_every_run_is_made_once_after_those_that_it_depends_on(made, capsys):
     assert len({*commands}) == len(made) > 500
     assert {*commands} == {*study.read_rows()}
     make()  # all there is
+    assert capsys.readouterr().out == "nothing is left to make\n"
     assert len(commands) == len(made)
     assert {path.name.rsplit("-seed")[0] for path in Path("out").iterdir()} == {
         ".lock", "dense0", "dense1", "dense2", "neurons-100,50,30,25", "scratch-100,50,30,25",
