@@ -53,9 +53,9 @@ def read_runs(folders):
         run.settings["data"] = run.metrics["data"]["train"]["sha256"][:8]
         run.values = run.measures.get("values") or dict(
             perplexity=run.metrics["result"]["val_perplexity"], leftover=run.metrics["leftover"])
-        same = next((one for one in runs if one is not run and not any(
-            one.settings.get(name) != run.settings.get(name)  # data are known by their hash
-            for name in (one.settings.keys() | run.settings.keys()) - {"data_path"})), None)
+        nowhere = dict(data_path=None)  # data are known by their hash
+        same = next((one for one in runs if one is not run
+                     and one.settings | nowhere == run.settings | nowhere), None)
         if same:  # and no other seed
             raise ValueError(f"{same.path} and {run.path} are the same run twice: name one")
     for run in sorted(runs, key=lambda run: (run.distill, list(METHODS).index(run.method))):

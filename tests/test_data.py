@@ -140,8 +140,6 @@ def test_stdlib_holds_each_source_once_and_its_content_chooses_the_split(monkeyp
     assert now - {"print('new')\n"} == set(validation)
 
 
-@needs_hub
-@needs_gpt2
 def test_a_folder_of_plain_texts_is_read_with_its_lines_and_spaces():
     text = "one\n\n  two\r\n = A title = \n\nfour"
     write({f"texts/{split}.txt": f"{split}\n{text}".encode() for split in ("train", "validation")})
@@ -150,6 +148,8 @@ def test_a_folder_of_plain_texts_is_read_with_its_lines_and_spaces():
             f"{split}\none\n\n  two\n", " = A title = \n\nfour"]
 
 
+@needs_hub
+@needs_gpt2
 @pytest.mark.parametrize("split, count", [("train", 48), ("validation", 12)])
 def test_wikitext_is_its_articles_with_end_of_text_between(split, count):
     articles = [""]
