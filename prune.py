@@ -1,8 +1,7 @@
 """Fine-pruning: which MLP neurons stay, decided while the model is being fine-tuned.
 
-From the paper's equations to code, in order: the schedule of gradual pruning, Top_v, scores and
-their regulariser, what tells one method from another (`METHODS`), the `Pruner`, which puts them to
-work, the distillation loss, and `shrink`.
+The paper's equations in code: the schedule of gradual pruning, Top_v, scores and their regulariser,
+what tells one method from another, the `Pruner`, which puts them to work, the loss, and `shrink`.
 
 A neuron j of a layer is one group: row j of W1, entry j of b1, column j of W2, with one score S_j.
 A layer has m neurons, k of which are kept at this step; the network has N. The kept ones are put
@@ -34,15 +33,18 @@ def lr_factor(step, steps):
     return step / warmup if step <= warmup else (steps - step) / (steps - warmup)
 
 
-def cubic(step, steps, prune_from=0.1, prune_until=0.7):
+def cubic(step, steps, prune_from=0.1, prune_until=0.7, rounds=0):
     """Zhu & Gupta's curve (section 2): 1 up to the share `prune_from` of the steps, and at the
-    first of several; 0 from `prune_until` on; a falling cubic between."""
+    first of several; 0 from `prune_until` on; between a falling cubic, in `rounds` at most."""
     tenth = warmup_steps(steps)
     papers = 0, tenth, steps - 3 * tenth, steps  # its 0.1 and 0.7 are so many warm-ups
     start, end = (round(np.interp(share, (0, 0.1, 0.7, 1), papers))
                   for share in (prune_from, prune_until))
     start = min(max(start, 1), steps - 1)
-    return min(max(1 - (step - start) / max(end - start, 1), 0.0), 1.0) ** 3
+    length = max(end - start, 1)
+    every = -(-length // (rounds or steps))
+    step = end + (step - end) // every * every  # when it last fell
+    return min(max(1 - (step - start) / length, 0.0), 1.0) ** 3
 
 
 def v_at(step, leftover, **when):
@@ -101,7 +103,7 @@ def exactly():
 
 def cholesky(C, ridge=1e-2):
     """The lower L [k, k] of L L^T = C + ridge * (mean of C's diagonal), lest C be singular. NaN if
-    C is not finite: then so is the loss, which tells."""
+    C is not finite, as the loss is then."""
     added = ridge * C.diagonal().mean() + torch.finfo(C.dtype).tiny
     eye = torch.eye(len(C), out=torch.empty_like(C))
     L, failed = torch.linalg.cholesky_ex(C + added * eye)
@@ -155,16 +157,15 @@ def regulariser(scores, U, lambda_t, lambda_gum):
 
 
 class Method(NamedTuple):
-    """What tells one method from another. The rest is the same for all: schedule, scopes,
-    uniqueness, micro-batches, processes, resuming, tables and figures."""
+    """What tells one method from another. All the rest is the same for all."""
 
     name: str  # in tables and figures
     about: str  # in --help
     learned: bool = False  # S starts at 0 and moves by its gradient; else it is drawn once,
     score: Callable = None  # or computed at every step: (mlp, measured [m]) -> S [m]
     measure: Callable = None  # h [tokens, k] -> [tokens, k], whose running mean is `measured`
-    surgery: bool = False  # what leaves is gone for good, and the others take over its part; with
-    # it `measure` sees dL/dh, not h, and `score` is (measured [k], C [k, k]) -> S [k]
+    surgery: int = 0  # in at most so many rounds: what leaves is gone for good, the others take
+    # over its part; and `measure` sees dL/dh, not h, `score` is (measured [k], C [k, k]) -> S [k]
     threshold: bool = False  # keep what is above a rising tau_t, not the best v_t
     defaults: dict = {}  # of flags, where the general ones do not suit
 
@@ -181,7 +182,7 @@ METHODS = {
                   defaults=dict(scope="global", lambda_gum=10.0)),
     "obs": Method("OBS", "Optimal Brain Surgeon, not the paper's: how much the loss would rise "
                   "without a neuron whose part the others take over", score=surgeon,
-                  measure=torch.square, surgery=True, defaults=dict(
+                  measure=torch.square, surgery=40, defaults=dict(
                       scope="global", lambda_sim=0.1, prune_from=0.0, prune_until=0.1)),
 }
 
@@ -218,8 +219,9 @@ class Pruner(nn.Module):
             setattr(self, name, usual if given is None else given)
         if settings:
             raise TypeError(f"no such settings: {settings}")
-        self.when = dict(steps=steps, prune_from=self.prune_from, prune_until=self.prune_until)
         self.method, self.leftover, self.steps = METHODS[method], leftover, steps
+        self.when = dict(steps=steps, prune_from=self.prune_from, prune_until=self.prune_until,
+                         rounds=self.method.surgery)
         self.mlps = [block.mlp for block in model.h]
         self.widths = [mlp.c_fc.out_features for mlp in self.mlps]
         N, like, learned = sum(self.widths), model.wte.weight.detach(), self.method.learned
@@ -250,7 +252,7 @@ class Pruner(nn.Module):
             for mlp in self.mlps:
                 mlp.keep = None
             return self.widths
-        leaving = self.method.surgery and cubic(step - 1, **self.when) > 0
+        leaving = self.method.surgery and cubic(step - 1, **self.when) > 1 - progress
         if leaving:
             self.examine()
         layers = self.scores.split(self.widths)
@@ -343,7 +345,7 @@ class Pruner(nn.Module):
 
     def average(self):
         """Put together what several processes have seen, each of its own tokens: sums, and the mean
-        of C of the kept neurons. (A pruned neuron's only fades, everywhere alike.)"""
+        of C of the kept neurons. A pruned one's fades everywhere alike."""
         if dist.is_initialized():
             dist.all_reduce(self.sums)
             for layer, C in enumerate(self.C):

@@ -111,8 +111,7 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
     there is something in the list `stop`. Raises ValueError if it is damaged, FloatingPointError
     when the loss is no number.
     """
-    # A token takes up to two thirds of its training to evaluate: an eighth of them, in batches of
-    # 2048, takes less than a tenth.
+    # To evaluate an eighth of the tokens, in batches of 2048, takes less than a tenth of the time.
     folder, per_step = Path(args.out), args.batch_size * train_data.block_size / 8 / 2048
     eval_every = args.eval_every or max(steps // 5, math.ceil(1 / per_step))
     eval_batches = min(max(int(eval_every * per_step), 1), 64)
@@ -127,7 +126,7 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
     if (folder / "checkpoint.pt").exists():
         restore(folder / "checkpoint.pt", progress, parts, origin)
     elif args.resume:
-        say(f"there is no checkpoint in {folder}: the run begins with its first step")
+        say(f"no checkpoint in {folder}: the run begins with its first step")
     model.gradient_checkpointing, parallel = args.gradient_checkpointing, model
     if args.compile:
         model.compile_blocks()
@@ -178,7 +177,7 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
                     saved_at = time.monotonic()
                     if stopping:  # or torchrun ends the first while it writes
                         told_by_first(lambda: None)
-                clock = time.perf_counter()  # evaluating and saving are not training
+                clock = time.perf_counter()  # the rest was not training
             bar.update(step - bar.n)
             if stopping and not last:
                 raise KeyboardInterrupt(f"stopped after step {step} of {steps}, which is saved in "
@@ -511,7 +510,7 @@ FLAGS = {
         log_every=Flag(int, "steps between lines of log.jsonl", 10, 20, ABOVE_0),
         eval_every=Flag(int, "steps between evaluations on some validation data (default: a fifth "
                         "of all)", within=ABOVE_0),
-        tensorboard=Flag(None, "write the log's values for TensorBoard, too"))}
+        tensorboard=Flag(None, "write the log for TensorBoard, too"))}
 ALL_FLAGS = {name: one for group in FLAGS.values() for name, one in group.items()}
 
 
@@ -565,7 +564,7 @@ def check_together(args):
     for one, other in (("compile", "gradient_checkpointing"), ("steps", "epochs"),
                        ("distill", "label_smoothing")):
         if getattr(args, one) and getattr(args, other):
-            fail(f"{flag_of(one)} and {flag_of(other)} do not go together: give one of them")
+            fail(f"{flag_of(one)} and {flag_of(other)} do not go together")
 
 
 def resolve(flags):

@@ -72,7 +72,7 @@ def kept_neurons(model):
 
 
 def begin(method, steps, leftover=0.25, model=None, weight_decay=0.1, label_smoothing=0.0,
-          **settings):
+          rounds=None, **settings):
     """A run of `prune.py` before its first step."""
     model = make_model() if model is None else model
     args = SimpleNamespace(  # float32 means no autocast: the model's own precision
@@ -80,6 +80,7 @@ def begin(method, steps, leftover=0.25, model=None, weight_decay=0.1, label_smoo
         eps=1e-5, weight_decay=weight_decay, label_smoothing=label_smoothing, alpha_ce=0.3,
         alpha_kd=0.6, temperature=3.0)
     pruner = Pruner(model, method, leftover, steps, **settings)
+    pruner.when["rounds"] = rounds or pruner.when["rounds"]
     return SimpleNamespace(model=model, pruner=pruner, args=args, kept=[], losses=[], norms=[],
                            optimizer=train.make_optimizer(model, pruner, args))
 
@@ -143,9 +144,12 @@ class MaskedMLP(nn.Module):
         return self.h @ w2.T + self.c_proj.bias  # [B, T, d]
 
 
-def curve(t, T, since=0.1, until=0.7):
+def curve(t, T, since=0.1, until=0.7, rounds=None):
     """How far v_t still is from v, as a share of 1 - v (T and its shares multiples of 10)."""
     start, end = max(round(T * since), 1), round(T * until)
+    if rounds:
+        falls = range(end, start, -math.ceil((end - start) / rounds))
+        t = max((fall for fall in falls if fall <= t), default=start)
     if t <= start:
         return 1.0
     return 0.0 if t > end else (1 - (t - start) / (end - start)) ** 3
@@ -227,12 +231,12 @@ def reference_loss(model, batch, label_smoothing, teacher):
 
 def reference(method, batches, leftover=0.25, scope=None, weight_decay=0.1, label_smoothing=0.0,
               teacher=None, sim_tokens=None, lambda_mvp=2.0, lambda_gum=None, lambda_sim=None,
-              prune_from=None, prune_until=None):
+              prune_from=None, prune_until=None, rounds=None):
     """What `trained` should come to, from the whole batch of every step at once."""
     T, learned = len(batches), method in LEARNED
     scope = scope or ("global" if method in ("gum", "obs") else "layer")
     when = (0.0, 0.1) if method == "obs" else (0.1, 0.7)
-    when = when[0] if prune_from is None else prune_from, prune_until or when[1]
+    when = when[0] if prune_from is None else prune_from, prune_until or when[1], rounds
     lambda_gum = (10.0 if method == "gum" else 0.0) if lambda_gum is None else lambda_gum
     if lambda_sim is None:
         lambda_sim = 0.1 if method in ("wanda", "obs") else 0.99
@@ -336,6 +340,7 @@ TRAININGS = [*SCOPES, ("none", None, dict(leftover=1.0, label_smoothing=0.2)),
              ("wanda", "global", dict(teacher=TEACHER, sim_tokens=3)),
              ("obs", "global", dict(teacher=TEACHER, sim_tokens=3, lambda_sim=0.3)),
              ("obs", "1,8,3", dict(prune_until=0.7)), ("obs", "global", dict(prune_until=0.5)),
+             ("obs", "global", dict(prune_until=0.7, rounds=4, sim_tokens=3)),
              ("obs", "layer", dict(prune_from=0.2, prune_until=0.4)),
              ("random", "global", dict(prune_from=0.0)),
              ("topv", "layer", dict(teacher=TEACHER, label_smoothing=0.2)),
@@ -490,12 +495,13 @@ def test_where_all_stay_nothing_is_skipped_and_that_equals_masks_of_ones(method)
     assert_same(run, reference(method, batches, 1.0))
 
 
-@pytest.mark.parametrize("method, until", [
-    *((method, 0.7) for method in METHODS), ("obs", 0.1)])  # where v is reached before
-def test_a_saved_state_goes_on_bit_identically(method, until):
+@pytest.mark.parametrize("method, until, rounds", [
+    *((method, 0.7, None) for method in METHODS),
+    ("obs", 0.1, None), ("obs", 0.7, 4)])  # where v is reached before; between two rounds
+def test_a_saved_state_goes_on_bit_identically(method, until, rounds):
     def new(seed):
         return begin(method, 30, model=make_model(torch.float32, seed), seed=seed, lambda_gum=10.0,
-                     lambda_sim=0.3, prune_until=until)
+                     lambda_sim=0.3, prune_until=until, rounds=rounds)
 
     batches, file = make_batches(30), io.BytesIO()
     whole = go_on(new(0), batches, range(1, 14))
@@ -548,6 +554,16 @@ def test_shares_are_of_the_steps_also_where_these_are_no_tens(steps):
         assert ended == pytest.approx(until * steps, abs=1.5)  # the last three tenths are rounded
     v = [prune.v_at(t, 0.2, steps=95) for t in range(1, 96)]  # the paper's: 10, and 3 times 10
     assert v[9] == 1.0 > v[10] and v[63] > v[64] == 0.2
+
+
+@pytest.mark.parametrize("steps, every", [(100, 1), (400, 1), (420, 2), (1000, 3), (3000, 8)])
+def test_surgery_takes_at_most_forty_rounds_evenly_spread(steps, every):
+    when = Pruner(make_model(), "obs", 0.25, steps).when
+    v = {t: prune.v_at(t, 0.25, **when) for t in range(1, steps + 1)}
+    falls = [t for t in range(2, steps + 1) if v[t] < v[t - 1]]
+    assert falls == [*range(steps // 10, 1, -every)][::-1] and len(falls) <= 40
+    smooth = when | dict(rounds=0)
+    assert all(v[t] == prune.v_at(t, 0.25, **smooth) for t in falls) and v[1] == 1.0 > v[falls[0]]
 
 
 def test_leftover_is_reached_at_once_if_it_should_be_before_the_warm_up_ends():
