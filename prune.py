@@ -245,19 +245,19 @@ class Pruner(nn.Module):
         if self.method.score is not None and not self.method.surgery:
             measured = self.measured.split(self.widths)
             self.scores.copy_(torch.cat(list(map(self.method.score, self.mlps, measured))))
-        v_t, progress = v_at(step, self.leftover, **self.when), 1 - cubic(step, **self.when)
-        over = self.method.surgery and progress == 1  # after this choice nobody leaves
+        v_t, ahead = v_at(step, self.leftover, **self.when), cubic(step, **self.when)
+        over = self.method.surgery and ahead == 0  # after this choice nobody leaves
         self.recorded = bool(self.C or self.method.measure) and not over
-        if v_t == 1 and not (self.method.threshold and progress):  # all stay: nothing to wait for
+        if v_t == 1 and not (self.method.threshold and ahead < 1):  # all stay: nothing to wait for
             for mlp in self.mlps:
                 mlp.keep = None
             return self.widths
-        leaving = self.method.surgery and cubic(step - 1, **self.when) > 1 - progress
+        leaving = self.method.surgery and cubic(step - 1, **self.when) > ahead
         if leaving:
             self.examine()
         layers = self.scores.split(self.widths)
         if self.method.threshold:
-            tau_t = self.tau * progress
+            tau_t = self.tau * (1 - ahead)
             kept = [above_threshold(S, tau_t, round(self.leftover * len(S))) for S in layers]
         elif self.scope == "global":
             kept = [top_v(self.scores, round(v_t * len(self.scores)))]

@@ -557,11 +557,15 @@ def test_shares_are_of_the_steps_also_where_these_are_no_tens(steps):
 
 
 @pytest.mark.parametrize("steps, every", [(100, 1), (400, 1), (420, 2), (1000, 3), (3000, 8)])
-def test_surgery_takes_at_most_forty_rounds_evenly_spread(steps, every):
-    when = Pruner(make_model(), "obs", 0.25, steps).when
+def test_surgery_takes_at_most_forty_rounds_evenly_spread(steps, every, monkeypatch):
+    pruner, examined = Pruner(make_model(), "obs", 0.25, steps), []
+    when, real = pruner.when, pruner.examine
+    monkeypatch.setattr(pruner, "examine", lambda: (examined.append(step), real()))
+    for step in range(1, steps // 10 + 3):
+        pruner.select(step)
     v = {t: prune.v_at(t, 0.25, **when) for t in range(1, steps + 1)}
     falls = [t for t in range(2, steps + 1) if v[t] < v[t - 1]]
-    assert falls == [*range(steps // 10, 1, -every)][::-1] and len(falls) <= 40
+    assert examined == falls == [*range(steps // 10, 1, -every)][::-1] and len(falls) <= 40
     smooth = when | dict(rounds=0)
     assert all(v[t] == prune.v_at(t, 0.25, **smooth) for t in falls) and v[1] == 1.0 > v[falls[0]]
 
