@@ -767,7 +767,7 @@ def report(args):
              and re.search(r"dense0 .*--steps 400 ", name)]
     if at_10:
         parts["predictors"] = predictors(at_10)
-    for name in ("methods", "where"):
+    for name in ("methods", "methods-distilled", "where"):
         if name in parts:
             parts[f"measures-{name}"] = "\n\n".join(
                 f"{measure.MEASURES[value]}:\n\n{table_of(study, questions[name], value)}"
