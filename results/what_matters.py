@@ -280,7 +280,8 @@ class Study:
             yield "how-long", Question("How long, at 10 %", {
                 name: {f"{steps:,} steps": self.run(how, steps=steps)
                        for steps in (50, 100, 200, 400, 1000, 3000)}
-                for name, how in (MAIN | later).items()}, PAIRS + (("OBS", global_later),), 3)
+                for name, how in (MAIN | later).items()},
+                PAIRS + ((global_later, "Global Top_v"), ("OBS", global_later)), 3)
             yield "short", Question("Short trainings", {
                 name: {f"{leftover:.0%}, {steps} steps": self.run(how, leftover=leftover,
                                                                   steps=steps)
