@@ -35,7 +35,8 @@ def lr_factor(step, steps):
 
 def cubic(step, steps, prune_from=0.1, prune_until=0.7, rounds=0):
     """Zhu & Gupta's curve (section 2): 1 up to the share `prune_from` of the steps, and at the
-    first of several; 0 from `prune_until` on; between a falling cubic, in `rounds` at most."""
+    first of several; 0 from `prune_until` on; a cubic between, in as many drops as steps,
+    or `rounds` at most."""
     tenth = warmup_steps(steps)
     papers = 0, tenth, steps - 3 * tenth, steps  # its 0.1 and 0.7 are so many warm-ups
     start, end = (round(np.interp(share, (0, 0.1, 0.7, 1), papers))
@@ -43,7 +44,7 @@ def cubic(step, steps, prune_from=0.1, prune_until=0.7, rounds=0):
     start = min(max(start, 1), steps - 1)
     length = max(end - start, 1)
     every = -(-length // (rounds or steps))
-    step = end + (step - end) // every * every  # when it last fell
+    step = end + (step - end) // every * every  # the last drop's
     return min(max(1 - (step - start) / length, 0.0), 1.0) ** 3
 
 
@@ -157,15 +158,15 @@ def regulariser(scores, U, lambda_t, lambda_gum):
 
 
 class Method(NamedTuple):
-    """What tells one method from another. All the rest is the same for all."""
+    """What tells one method from another. The rest is the same for all."""
 
     name: str  # in tables and figures
     about: str  # in --help
     learned: bool = False  # S starts at 0 and moves by its gradient; else it is drawn once,
     score: Callable = None  # or computed at every step: (mlp, measured [m]) -> S [m]
     measure: Callable = None  # h [tokens, k] -> [tokens, k], whose running mean is `measured`
-    surgery: int = 0  # in at most so many rounds: what leaves is gone for good, the others take
-    # over its part; and `measure` sees dL/dh, not h, `score` is (measured [k], C [k, k]) -> S [k]
+    surgery: int = 0  # or in so many rounds at most neurons leave for good, and the others take
+    # over; `measure` sees dL/dh, not h, and `score` is (measured [k], C [k, k]) -> S [k]
     threshold: bool = False  # keep what is above a rising tau_t, not the best v_t
     defaults: dict = {}  # of flags, where the general ones do not suit
 
