@@ -165,8 +165,8 @@ class Method(NamedTuple):
     learned: bool = False  # S starts at 0 and moves by its gradient; else it is drawn once,
     score: Callable = None  # or computed at every step: (mlp, measured [m]) -> S [m]
     measure: Callable = None  # h [tokens, k] -> [tokens, k], whose running mean is `measured`
-    surgery: int = 0  # or in so many rounds at most neurons leave for good, and the others take
-    # over; `measure` sees dL/dh, not h, and `score` is (measured [k], C [k, k]) -> S [k]
+    surgery: int = 0  # the most rounds in which neurons leave for good, and the others take over;
+    # then `measure` sees dL/dh, not h; `score` is (measured [k], C [k, k]) -> S [k]
     threshold: bool = False  # keep what is above a rising tau_t, not the best v_t
     defaults: dict = {}  # of flags, where the general ones do not suit
 
