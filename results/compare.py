@@ -18,11 +18,12 @@ from statistics import fmean, median, stdev
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 
 import data
 from measure import MEASURES, mean_loss
 from model import ALIGNED, whole
-from prune import METHODS, shrink
+from prune import METHODS, shrink, world_size
 from results.runs import check_data, dense_run, load_model, log_state, read_json, read_model
 
 DRAWN = {  # method: colour (Okabe and Ito's, which the colour-blind can tell apart) and marker
@@ -167,11 +168,16 @@ def as_timed(model):
     return shrink(deepcopy(model), multiple_of)
 
 
+def read(model, idx):
+    """All that reading a prompt takes: logits [B, V] of the token after `idx` [B, T]."""
+    return F.linear(model(idx, head=False)[:, -1], model.wte.weight)
+
+
 @torch.no_grad()
 def prefill_speed(models, idx, rounds=7):
     """Tokens per second with which each of `models` reads `idx` [B, T]: medians, in turns."""
     idx = idx.to(models[0].wte.weight.device)
-    seconds = [[timed(lambda: model(idx), idx.device)[0] for model in models]
+    seconds = [[timed(lambda: read(model, idx), idx.device)[0] for model in models]
                for _ in range(rounds + 1)]
     return [idx.numel() / median(times[1:]) for times in zip(*seconds)]  # the first round warms up
 
@@ -180,12 +186,7 @@ def sampled(model, ids, tokens):
     """The text of `ids` and up to `tokens` more: drawn, but always the same ones."""
     tokenizer = data.tokenizer(model.config.vocab_size)
     generator = torch.Generator(model.wte.weight.device).manual_seed(0)
-    try:
-        new, = model.generate([ids], tokens, 0.8, top_k=40, eot=tokenizer.eot, generator=generator)
-    except RuntimeError as error:
-        if "probability" not in str(error):  # torch's words for NaN
-            raise
-        raise ValueError("nothing can be drawn: the model's logits are no numbers") from error
+    new, = model.generate([ids], tokens, 0.8, top_k=40, eot=tokenizer.eot, generator=generator)
     return tokenizer.decode(ids + new)
 
 
@@ -210,7 +211,9 @@ def compare(start, result, val_data, args, autocast, start_loss=None):
         ids = val_data.tokens[: min(16, val_data.block_size)].tolist()
     else:
         ids = val_data.prompts[0]
-    batch = val_data.batch(range(min(args.batch_size // args.accumulate, len(val_data))))
+    # As many sequences as a process trains at once.
+    rows = args.batch_size // args.accumulate // world_size()
+    batch = val_data.batch(range(min(rows, len(val_data))))
     with autocast:
         speeds = prefill_speed([as_timed(start), as_timed(result)], batch[0])
     about = {}

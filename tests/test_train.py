@@ -247,6 +247,14 @@ def test_a_run_is_timed_in_its_precision_and_at_widths_that_a_gpu_likes(monkeypa
     assert [metrics[name]["prefill_tokens_per_second"] for name in ("start", "result")] == [128, 48]
 
 
+def test_reading_is_timed_without_the_logits_that_nobody_asks_for():
+    # All logits of a large batch would take more memory than training it did.
+    model, idx = runs.load_model("small"), torch.randint(257, (3, 20))
+    with torch.no_grad():
+        wanted = model(idx)[0][:, -1]  # [B, V]
+        torch.testing.assert_close(compare.read(model, idx), wanted)
+
+
 def test_epochs_set_the_steps():
     epochs = 10 / len(load_once("stdlib", "train", 257, 32, None, None))
     flags = "--model small --block-size 32 --batch-size 2 --device cpu --out run --epochs"
