@@ -170,7 +170,7 @@ class Examples:
 
     def batch(self, indices, device="cpu"):
         """idx, targets, real of examples number `indices`, padded on the right: attention looks
-        left, so no real token ever sees that. On a GPU to a multiple of 64, for each new length
+        left, so no real token sees that. On a GPU to a multiple of 64, for each new length
         would have its kernels planned anew."""
         def padded(rows, value):
             rows = pad_sequence([torch.tensor(row) for row in rows], True, value)  # [B, T]
@@ -184,7 +184,7 @@ class Examples:
         return idx, targets, padded([[True] * (len(p + t) - 1) for p, t in pairs], False)
 
     def by_length(self):
-        """The order to evaluate in: the shortest first, so that neighbours need little padding."""
+        """The order to evaluate in: the shortest first, so neighbours need little padding."""
         return sorted(range(len(self)), key=lambda i: len(self.prompts[i]) + len(self.targets[i]))
 
     def distinct(self):
@@ -233,8 +233,8 @@ def micro_batches(batch, device, parts=1, process=0, processes=1, sim_tokens=Non
 
 
 class Screen:
-    """stderr for progress bars, a line each time where it is no terminal. That it is closed or full
-    stops nothing."""
+    """stderr for progress bars, in lines where it is no terminal. Closed or full, it stops nothing.
+    """
 
     def __getattr__(self, name):
         return getattr(sys.stderr, name)

@@ -55,7 +55,7 @@ class GPTConfig:
 
 
 TINY = dict(vocab_size=257, n_positions=256, n_embd=128, n_layer=4, n_head=4)  # reads bytes
-ALIGNED = dict(cuda=64)  # a GPU multiplies matrices by far faster whose sides are multiples of it
+ALIGNED = dict(cuda=64)  # a GPU multiplies matrices with sides like that by far faster
 
 
 def attention_mask(queries, keys, window, start, device):
@@ -94,7 +94,7 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)  # [B, n_head, all tokens so far, d / n_head]
             if mask is not None:
                 k, v = k[:, :, -mask.size(-1) :], v[:, :, -mask.size(-1) :]  # its columns
-        causal = mask is None and T > 1
+        causal = True if mask is None and T > 1 else False  # no symbol if compiled
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, d))  # [B, T, d]
 
@@ -134,8 +134,12 @@ class MLP(nn.Module):
         w1, b1, w2 = self.kept_weights(multiple_of)
         h = F.gelu(F.linear(x, w1, b1), approximate="tanh")  # [B, T, d] -> [B, T, k']
         if self.record is not None:
-            self.record(h)
+            self.tell(h)
         return F.linear(h, w2, self.c_proj.bias)  # [B, T, k'] -> [B, T, d]
+
+    @torch.compiler.disable  # or every layer is compiled by itself
+    def tell(self, h):
+        self.record(h)
 
 
 class Block(nn.Module):
@@ -165,7 +169,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding.from_pretrained(wpe, freeze=False)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(d, config.layer_norm_epsilon)
-        # GPT-2's 0.02 is for d = 768; the products of a narrower model would start out too small.
+        # GPT-2's 0.02 is for d = 768; a narrower model's products would start too small.
         std = 0.02 * (768 / d) ** 0.5
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -201,7 +205,7 @@ class GPT(nn.Module):
 
         `targets` [B, T] holds the token that should follow each one, -100 where none counts;
         without them the loss is None. With `head=False`, the final hidden states [B, T, d] alone,
-        for a loss that takes the output head itself. Raises ValueError beyond the context.
+        for a loss that has the head in it. Raises ValueError beyond the context.
         """
         x = self.features(idx)  # [B, T, d]
         if not head:
@@ -213,7 +217,7 @@ class GPT(nn.Module):
 
     def compile_blocks(self):
         """Have torch.compile make kernels for the blocks, for any number of neurons."""
-        # Kernels with and without windows, pruning, gradients, recording:
+        # Kernels with and without windows, pruning, gradients:
         torch._dynamo.config.cache_size_limit = 64
         torch._dynamo.config.optimize_ddp = False  # cuts up graphs; a block is small enough
         for block in self.h:
@@ -298,7 +302,7 @@ class GPT(nn.Module):
         Tokens are drawn from softmax(logits / temperature), among the `top_k` likeliest;
         temperature 0 takes the likeliest. A continuation ends before the token `eot` and where the
         context is full. Prompts share only the random numbers. Raises ValueError if one is empty or
-        longer than the context.
+        too long, or logits are no numbers.
         """
         if temperature < 0 or top_k is not None and top_k < 1:
             raise ValueError("allowed are temperature >= 0 and top_k >= 1")
@@ -310,6 +314,8 @@ class GPT(nn.Module):
                 idx = logits.argmax(-1, keepdim=True)  # [B, 1]
             else:
                 probs, tokens = (logits / temperature).softmax(-1).sort(descending=True)  # [B, V]
+                if not probs.isfinite().all():
+                    raise ValueError("can't draw: logits are no numbers")
                 if top_k is not None:
                     probs[:, top_k:] = 0
                 idx = tokens.gather(1, probs.multinomial(1, generator=generator))  # [B, 1]
@@ -494,7 +500,7 @@ class KVCache:
     """Keys and values of the tokens read so far, so that a new token costs one token's work.
 
     `kv` is [2, n_layer, B, n_head, capacity, d / n_head], keys before values. Its first `length`
-    positions are filled; the first `start` [B] of those are the row's left padding (None: no row
+    positions are filled; the first `start` [B] of those are the row's left padding (None: none
     has any).
     """
 

@@ -1,7 +1,7 @@
 """Fine-pruning: which MLP neurons stay, decided while the model is being fine-tuned.
 
 The paper's equations in code: the schedule of gradual pruning, Top_v, scores and their regulariser,
-what tells one method from another, the `Pruner`, which puts them to work, the loss, and `shrink`.
+what tells one method from another, the `Pruner`, the loss, and `shrink`.
 
 A neuron j of a layer is one group: row j of W1, entry j of b1, column j of W2, with one score S_j.
 A layer has m neurons, k of which are kept at this step; the network has N. The kept ones are put
@@ -9,7 +9,7 @@ in `mlp.keep` [k]; the others are skipped (`model.MLP` says why that equals a ma
 """
 
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -106,8 +106,7 @@ def cholesky(C, ridge=1e-2):
     """The lower L [k, k] of L L^T = C + ridge * (mean of C's diagonal), lest C be singular. NaN if
     C is not finite, as the loss is then."""
     added = ridge * C.diagonal().mean() + torch.finfo(C.dtype).tiny
-    eye = torch.eye(len(C), out=torch.empty_like(C))
-    L, failed = torch.linalg.cholesky_ex(C + added * eye)
+    L, failed = torch.linalg.cholesky_ex(C + added * C.new_ones(len(C)).diag())
     return torch.where(failed == 0, L, float("nan"))
 
 
@@ -120,8 +119,7 @@ def surgeon(measured, C):
     can't give, where C = E[h h^T] [k, k], and a ridge. How much the loss minds it is `measured`
     [k], E[(dL/dh_j)^2]: to second order, with Fisher's matrix for the Hessian, as in K-FAC.
     """
-    eye = torch.eye(len(C), out=torch.empty_like(C))
-    half = torch.linalg.solve_triangular(cholesky(C), eye, upper=False)
+    half = torch.linalg.solve_triangular(cholesky(C), C.new_ones(len(C)).diag(), upper=False)
     return measured / half.square().sum(0)  # C^-1 = half^T half
 
 
@@ -148,8 +146,8 @@ def regulariser(scores, U, lambda_t, lambda_gum):
     """R_sim(S) = lambda_t (1/N) sum_j (1 + lambda_gum U_j) sigmoid(S_j) (eq. 4), of S, U [N].
 
     With lambda_gum = 0 it is R(S) (section 2). The paper has U_j alone; 1 + lambda_gum U_j is its
-    released code's, and what its hyper-parameters are for. Over N, so that lambda means the same
-    for every model.
+    released code's, and what its hyper-parameters are for. Over N: lambda means the same for every
+    model.
     """
     return lambda_t * ((1 + lambda_gum * U) * scores.sigmoid()).mean()
 
@@ -158,7 +156,7 @@ def regulariser(scores, U, lambda_t, lambda_gum):
 
 
 class Method(NamedTuple):
-    """What tells one method from another. The rest is the same for all."""
+    """What tells one method from another."""
 
     name: str  # in tables and figures
     about: str  # in --help
@@ -301,7 +299,7 @@ class Pruner(nn.Module):
         """While open, forward passes add to C and to what is measured, of their B * T tokens those
         numbered `tokens` [s], None = all. Not open when a backward pass computes h again."""
         for layer, mlp in enumerate(self.mlps if self.recorded else ()):
-            mlp.record = partial(self.record, layer, tokens)
+            mlp.record = lambda h, layer=layer: self.record(layer, tokens, h)
         try:
             yield
         finally:
@@ -315,7 +313,6 @@ class Pruner(nn.Module):
             return ...
         return keep if dimensions == 1 else (keep[:, None], keep)
 
-    @torch.compiler.disable
     @torch.no_grad()
     def record(self, layer, tokens, h):
         """Add one layer's h [B, T, k'], with surgery its dL/dh, too; a pruned neuron's are 0."""
@@ -371,7 +368,6 @@ class Pruner(nn.Module):
             self.sums.zero_()
         if not self.method.learned:
             return
-        # The penalty's weight follows the schedule.
         if self.method.threshold:
             lambda_t = self.lambda_mvp * (1 - cubic(step, **self.when))  # tau_t / tau
         else:
@@ -426,7 +422,7 @@ class HeadLoss(torch.autograd.Function):
             dtype = torch.get_autocast_dtype(device)
         exact, V = torch.promote_types(dtype, torch.float32), len(head)
         # Tokens at a time: 0.25 GB of float32 logits; their gradient takes five times that, with a
-        # teacher nine. On a CPU 32 MiB, for larger blocks go back to the system after use.
+        # teacher nine. On a CPU 32 MiB: larger blocks go back to the system after use.
         rows = max(128, 2 ** (26 if x.is_cuda else 23) // V // 128 * 128)
         extra = -V % ALIGNED.get(device, 1)
 
@@ -437,7 +433,7 @@ class HeadLoss(torch.autograd.Function):
         grad_x, grad_head = torch.empty_like(x), torch.zeros_like(low, dtype=head.dtype)
         if teacher is not None:
             taught_x, taught_head = teacher[0].to(dtype), aligned(teacher[1])
-        loss_of = compiled(token_loss) if getattr(how, "compile", False) else token_loss
+        loss_of = compiled(token_loss) if how.compile else token_loss
         for start in range(0, len(x), rows):
             at, taught = slice(start, start + rows), None
             features = x[at].to(dtype)  # [rows, d]
@@ -460,7 +456,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale):
-        grad_x, grad_head = ctx.grads
+        (grad_x, grad_head), ctx.grads = ctx.grads, None  # held no longer
         return grad_x.mul_(scale), grad_head.mul_(scale), None, None, None
 
 

@@ -637,7 +637,7 @@ def pruned_by_gum(device, dtype, steps=20):
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")  # what is compared is the same computation
     how = SimpleNamespace(**LEARNING | dict(eps=1e-4), device=device, dtype="float32", lr=1e-3,
-                          mask_lr=1e-2, accumulate=1)
+                          mask_lr=1e-2, accumulate=1, compile=False)
     model = GPT(GPTConfig(**TINY)).to(device, dtype)
     pruner = Pruner(model, "gum", 0.25, steps)
     losses = losses_of(model, pruner, (8, 64), how)

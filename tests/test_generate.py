@@ -246,6 +246,14 @@ def test_sampling_draws_each_token_with_its_probability(temperature, top_k):
     assert_drawn(counts, draws * expected / expected.sum())
 
 
+def test_nothing_is_drawn_from_logits_that_are_no_numbers():
+    model = random_model()
+    with torch.no_grad():
+        model.wte.weight[7] = math.nan
+    with pytest.raises(ValueError, match="logits are no numbers"):
+        model.generate([[1, 2]], 3)
+
+
 def test_later_tokens_are_drawn_given_the_earlier_ones():
     model, draws = random_model(vocab=5), 20_000
     pairs = model.generate([[1, 3]] * draws, 2, generator=torch.Generator().manual_seed(0))

@@ -12,6 +12,7 @@ neurons of the network, V = the vocabulary.
 import copy
 import io
 import math
+import weakref
 from functools import lru_cache
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ import torch.nn as nn
 import data
 import prune
 import train
-from model import GPT, GPTConfig
+from model import ALIGNED, GPT, GPTConfig
 from prune import HeadLoss, Method, Pruner
 
 WIDTHS = (16, 12, 20)  # neurons per layer, unequal so that none is taken for another
@@ -78,7 +79,7 @@ def begin(method, steps, leftover=0.25, model=None, weight_decay=0.1, label_smoo
     args = SimpleNamespace(  # float32 means no autocast: the model's own precision
         device=model.wte.weight.device.type, dtype="float32", lr=0.02, mask_lr=MASK_LR.get(method),
         eps=1e-5, weight_decay=weight_decay, label_smoothing=label_smoothing, alpha_ce=0.3,
-        alpha_kd=0.6, temperature=3.0)
+        alpha_kd=0.6, temperature=3.0, compile=False)
     pruner = Pruner(model, method, leftover, steps, **settings)
     pruner.when["rounds"] = rounds or pruner.when["rounds"]
     return SimpleNamespace(model=model, pruner=pruner, args=args, kept=[], losses=[], norms=[],
@@ -747,7 +748,8 @@ def test_similarity_of_bfloat16_activations_is_summed_up_in_float32():
 
 # The loss.
 
-HOW = SimpleNamespace(label_smoothing=0.1, alpha_ce=0.3, alpha_kd=0.6, temperature=3.0)
+HOW = SimpleNamespace(label_smoothing=0.1, alpha_ce=0.3, alpha_kd=0.6, temperature=3.0,
+                      compile=False)
 
 
 def plain_loss(x, head, targets, teacher):
@@ -792,6 +794,37 @@ def test_the_loss_of_a_large_vocabulary_goes_chunk_by_chunk(n, taught, dtype, to
     assert sum(sizes) == n and max(sizes, default=0) < 200
     for ours, plain in zip([loss, *(leaf.grad * 7 / 3 for leaf in ours)], wanted):
         assert ours.dtype == exact and (ours - plain).norm() <= tolerance * plain.norm()
+
+
+def test_the_loss_keeps_no_gradients_once_they_are_passed_on():
+    leaf, head = torch.randn(5, 4, requires_grad=True), torch.randn(11, 4, requires_grad=True)
+    loss = HeadLoss.apply(leaf, head, torch.arange(5), None, HOW)
+    held = [weakref.ref(grad) for grad in loss.grad_fn.grads]
+    loss.backward()
+    leaf.grad = head.grad = None
+    assert loss.isfinite() and [grad() for grad in held] == [None, None]
+
+
+@pytest.mark.parametrize("method", ["gum", "obs"])
+def test_compiled_layers_share_their_graphs(method, monkeypatch):
+    # Each graph is a kernel to make, which takes seconds on a GPU. Traced is as there, with zeros
+    # up to a multiple, but run as traced.
+    real, counts = torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **how: real(
+        block, backend="eager", **how))
+    monkeypatch.setitem(ALIGNED, "cpu", 8)
+    for layers in (2, 8):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model = make_model(widths=(24,) * layers)
+        model.compile_blocks()
+        trained(method, make_batches(30), model=model)
+        found = torch._dynamo.utils.counters
+        counts.append(found["stats"]["unique_graphs"])
+        assert all("disable" in reason for reason in found["graph_break"])
+    torch._dynamo.reset()
+    # A width of 1 has graphs of its own, and here or there a layer comes to it.
+    assert 0 < counts[1] < counts[0] + 3
 
 
 def test_the_loss_that_is_compiled_is_the_same():
