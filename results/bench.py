@@ -342,7 +342,8 @@ def time_training(config, shape, method, leftover, args):
     torch.manual_seed(0)
     model = GPT(config).to(args.device)
     pruner = Pruner(model, method, leftover, args.steps)
-    how = SimpleNamespace(**vars(args), **LEARNING, lr=1e-4, mask_lr=pruner.mask_lr)
+    how = SimpleNamespace(**vars(args) | LEARNING | dict(
+        lr=1e-4, mask_lr=pruner.mask_lr, compile=False))
     return timed(lambda: losses_of(model, pruner, shape, how), args.device)[0]
 
 
