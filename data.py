@@ -233,8 +233,7 @@ def micro_batches(batch, device, parts=1, process=0, processes=1, sim_tokens=Non
 
 
 class Screen:
-    """stderr for progress bars, in lines where it is no terminal. Closed or full, it stops nothing.
-    """
+    """stderr for progress bars, in lines if it is no terminal. Closed or full, it stops nothing."""
 
     def __getattr__(self, name):
         return getattr(sys.stderr, name)

@@ -55,7 +55,7 @@ class GPTConfig:
 
 
 TINY = dict(vocab_size=257, n_positions=256, n_embd=128, n_layer=4, n_head=4)  # reads bytes
-ALIGNED = dict(cuda=64)  # a GPU multiplies matrices with sides like that by far faster
+ALIGNED = dict(cuda=64)  # a GPU is far faster with matrices whose sides are multiples of it
 
 
 def attention_mask(queries, keys, window, start, device):
@@ -94,7 +94,7 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)  # [B, n_head, all tokens so far, d / n_head]
             if mask is not None:
                 k, v = k[:, :, -mask.size(-1) :], v[:, :, -mask.size(-1) :]  # its columns
-        causal = True if mask is None and T > 1 else False  # no symbol if compiled
+        causal = True if mask is None and T > 1 else False  # a bool, if compiled, too
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, d))  # [B, T, d]
 
@@ -330,9 +330,9 @@ class GPT(nn.Module):
                 cache.select(going)
         return written
 
-    def next_logits(self, idx, cache):
+    def next_logits(self, idx, cache=None):
         """Logits [B, V] of the token after `idx` [B, T] (-1 = left padding), new to `cache`."""
-        x = self.features(idx.clamp(min=0), cache, cache.start)[:, -1]  # [B, T] -> [B, d]
+        x = self.features(idx.clamp(min=0), cache, cache and cache.start)[:, -1]  # [B, T] -> [B, d]
         return F.linear(x, self.wte.weight).float()  # [B, V]
 
 
@@ -500,8 +500,7 @@ class KVCache:
     """Keys and values of the tokens read so far, so that a new token costs one token's work.
 
     `kv` is [2, n_layer, B, n_head, capacity, d / n_head], keys before values. Its first `length`
-    positions are filled; the first `start` [B] of those are the row's left padding (None: none
-    has any).
+    positions are filled; the first `start` [B] of those are the row's left padding (None: none).
     """
 
     def __init__(self, config, start, capacity, dtype):

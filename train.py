@@ -75,7 +75,7 @@ def fine_prune(model, pruner, optimizer, micro_batches, step, args, teacher=None
     loss in nats of the batch's tokens that count, and the norm of the weights' gradient.
 
     `model` is a GPT, or DistributedDataParallel around one; `micro_batches` are `data`'s. `args`
-    has device, dtype, and what `token_loss` reads.
+    has device, dtype, and what `HeadLoss` reads.
     """
     widths = pruner.select(step)  # M: from here on the MLPs skip the other neurons
     for group in optimizer.param_groups:

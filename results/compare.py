@@ -18,7 +18,6 @@ from statistics import fmean, median, stdev
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 
 import data
 from measure import MEASURES, mean_loss
@@ -168,16 +167,11 @@ def as_timed(model):
     return shrink(deepcopy(model), multiple_of)
 
 
-def read(model, idx):
-    """All that reading a prompt takes: logits [B, V] of the token after `idx` [B, T]."""
-    return F.linear(model(idx, head=False)[:, -1], model.wte.weight)
-
-
 @torch.no_grad()
 def prefill_speed(models, idx, rounds=7):
     """Tokens per second with which each of `models` reads `idx` [B, T]: medians, in turns."""
     idx = idx.to(models[0].wte.weight.device)
-    seconds = [[timed(lambda: read(model, idx), idx.device)[0] for model in models]
+    seconds = [[timed(lambda: model.next_logits(idx), idx.device)[0] for model in models]
                for _ in range(rounds + 1)]
     return [idx.numel() / median(times[1:]) for times in zip(*seconds)]  # the first round warms up
 
