@@ -67,7 +67,7 @@ def load(dataset, split, vocab_size, block_size, path=None, config=None):
     tok = tokenizer(vocab_size)
     if DATASETS[dataset]["metric"] == "perplexity":
         documents, about = wikitext(split, path, config) if hub else stdlib(split)
-        # 4 stands for the code that makes tokens: raise it with that.
+        # 4: the code that makes tokens; raise it with that.
         name = f"{dataset}-{split}-{vocab_size}-4-{about['sha256'][:16]}.bin"
         tokens = cached(cache_folder() / name, documents, tok)
         if len(tokens) < max(block_size, 2):

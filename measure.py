@@ -39,12 +39,12 @@ MEASURES = {  # a value in measure.json: its name in tables and figures
 load = cache(lambda *args: data.load(*args))  # runs share their data
 
 
-def batches(about, model, examples, tokens=2048, first=None, most=None):
+def batches(about, model, examples, tokens=2048, first=None, every=1):
     """Batches of a split or its `first` sequences, on the model's device: neighbours in length, at
-    most `tokens` tokens (or one sequence), `most` of them in all. `about`: for their bar."""
+    most `tokens` tokens (or one sequence), one in `every`. `about`: for their bar."""
     order = [i for i in examples.by_length() if not first or i < first]
     rows, device = max(1, tokens // examples.block_size), model.wte.weight.device
-    for start in data.bar(about, of=range(0, len(order), rows)[:most]):
+    for start in data.bar(about, of=range(0, len(order), rows * every)):
         batch = examples.batch(order[start : start + rows], device.type)
         if device.type == "cuda":
             batch = [tensor.pin_memory().to(device, non_blocking=True) for tensor in batch]
@@ -52,12 +52,12 @@ def batches(about, model, examples, tokens=2048, first=None, most=None):
 
 
 @torch.no_grad()
-def mean_loss(model, examples, autocast, most=None):
-    """Mean loss in nats per token that counts, over a split or its first `most` batches of 2048
-    tokens. Its exp() is the perplexity."""
+def mean_loss(model, examples, autocast, every=1):
+    """Mean loss in nats per token that counts, over a split or one batch of 2048 tokens in
+    `every`. Its exp() is the perplexity."""
     model.eval()
     total = count = torch.zeros((), dtype=torch.float64, device=model.wte.weight.device)
-    for idx, targets, _ in batches("evaluating", model, examples, most=most):
+    for idx, targets, _ in batches("evaluating", model, examples, every=every):
         with autocast:
             loss = model(idx, targets)[1]
         asked = (targets != -100).sum()

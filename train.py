@@ -111,10 +111,11 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
     there is something in the list `stop`. Raises ValueError if it is damaged, FloatingPointError
     when the loss is no number.
     """
-    # A token takes up to 2/3 of its training to evaluate: an eighth of them less than a tenth.
-    folder, per_step = Path(args.out), args.batch_size * train_data.block_size / 8 / 2048
-    eval_every = args.eval_every or max(steps // 5, math.ceil(1 / per_step))
-    eval_batches = min(max(int(eval_every * per_step), 1), 64)
+    # To evaluate a token takes up to 2/3 of its training: an eighth of them, under a tenth.
+    folder, per_step = Path(args.out), args.batch_size * train_data.block_size / 8
+    eval_every = args.eval_every or max(steps // 5, math.ceil(2048 / per_step))
+    most = min(max(eval_every * per_step, 2048), 2**17)
+    one_in = math.ceil(len(val_data) * val_data.block_size / most)
     pruner = Pruner(model, args.method, args.leftover, steps, args.seed,
                     **{name: getattr(args, name) for name in USUAL})
     optimizer = make_optimizer(model, pruner, args)
@@ -136,7 +137,7 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
         progress.log = runs.cut_log(folder / "log.jsonl", progress.log)
     evaluations = range(eval_every, steps, eval_every)
     say(f"{steps:,} steps of {args.batch_size} x {train_data.block_size} tokens at most; evaluated "
-        f"{len(evaluations)} times on {2048 * eval_batches:,}, at the end on all validation data")
+        f"{len(evaluations)} times on 1/{one_in} of the validation data, at last on all")
     model.train()
     clock, saved_at = time.perf_counter(), time.monotonic()
     name, shown = f"{args.method} {args.leftover:.0%}", dict(disable=True) if PROCESS else {}
@@ -160,8 +161,8 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
             logs = step % args.log_every == 0 or evaluates or last
             saves = step % args.checkpoint_every == 0 or last or stopping or overdue
             if logs or saves:
+                check_finite(progress, args)  # waits for the device
                 progress.seconds += time.perf_counter() - clock
-                check_finite(progress, args)
                 if logs:
                     v_t = v_at(step, args.leftover, **pruner.when)
                     record = dict(v_t=v_t, widths=widths,
@@ -169,7 +170,7 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
                                   lr=optimizer.param_groups[0]["lr"])
                     if evaluates and PROCESS == 0:
                         record["val_loss"] = measure.mean_loss(model, val_data, autocast_of(args),
-                                                               eval_batches)
+                                                               one_in)
                         model.train()
                     track(log(folder, progress, record, bar))
                 if saves:
@@ -199,7 +200,7 @@ def batch_indices(step, n, batch_size, seed):
 
 
 def told_by_first(function):
-    """What `function` returns in process 0: the others wait, and get the same."""
+    """What `function` returns in process 0, for which the others wait."""
     result = [function() if PROCESS == 0 else None]
     if PROCESSES > 1:
         dist.broadcast_object_list(result, device=torch.device("cpu"))  # no GPU is waited for
@@ -219,14 +220,14 @@ def check_finite(progress, args):
 
 
 def save(folder, progress, parts, origin):
-    """Write the checkpoint, whole or not at all; all processes have the same to write. `origin`:
+    """Write the checkpoint, whole or not at all; all processes have the same. `origin`:
     the run's settings, and checksums of the models that it started from."""
     progress.saved = progress.step
     if PROCESS == 0:
         progress.log = runs.log_state((folder / "log.jsonl").read_bytes())
         states = {name: part.state_dict() for name, part in parts.items()}
         states |= dict(progress=vars(progress), origin=origin)
-        # As a file, for then torch passes on why it can't be written.
+        # A file: torch then tells why it can't be written.
         with whole(folder / "checkpoint.pt") as path, open(path, "wb") as file:
             torch.save(states, file)
 
@@ -239,11 +240,11 @@ def restore(file, progress, parts, origin):
         mapped = os.name != "nt"  # Windows could not replace it
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         if damaged or content.get("origin") != origin:
-            raise ValueError("a wrong checksum, or another --model, teacher or setting than here")
+            raise ValueError("a wrong checksum, or another --model, teacher or setting")
         vars(progress).update(content["progress"])
         for name, part in parts.items():
             part.load_state_dict(content[name])
-    except Exception as error:  # torch has several exceptions for a damaged file
+    except Exception as error:  # torch has several for a damaged file
         raise ValueError(f"can't go on from {file} ({type(error).__name__} {error}): give what it "
                          f"was begun with; if it is damaged, remove {file.parent} and start over"
                          ) from error
@@ -581,7 +582,7 @@ def resolve(flags):
         usual["epochs"] = 3.0
         if method == "gum" and distill:
             usual["lambda_gum"] = 100.0
-        if (method, model) == ("gum", "gpt2"):
+        if (method, Path(model).name) == ("gum", "gpt2"):
             usual["mask_lr"] = 1e-3
     by_steps = "steps" in given or usual["steps"] and "epochs" not in given
     usual["epochs" if by_steps else "steps"] = None

@@ -116,6 +116,9 @@ def parse(parser, groups, words):
     if not re.fullmatch(allowed, device):
         names = "cpu, cuda, cuda:N" if "|" in allowed else "cpu, for there is no CUDA"
         parser.error(f"--device {device}: allowed here is {names}")
+    if device[5:] and int(device[5:]) >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        parser.error(f"--device {device}: the GPUs here are cuda:0 to cuda:{last}")
     return args
 
 

@@ -32,7 +32,7 @@ DRAWN = {  # method: colour (Okabe and Ito's, which the colour-blind can tell ap
 # Runs that differ in these share a table's row: these are columns or repetitions, or change no
 # result.
 NO_ROW = ("leftover", "seed", "teacher", "data_path", "device", "dtype", "compile",
-          "gradient_checkpointing", "log_every", "eval_every")
+          "gradient_checkpointing", "accumulate")
 
 
 def read_runs(folders):
@@ -101,6 +101,10 @@ def require(runs, name):
             raise ValueError(f"{run.path} has no {name}, but {', '.join(run.values)}{more}")
     if lacking:
         raise ValueError(f"no {name}: {way_out}")
+    if name == "perplexity":  # measure.py's is of float32, train.py's of the run's own type
+        types = {"float32" if run.measures else run.settings["dtype"] for run in runs}
+        if len(types) > 1:
+            raise ValueError(f"{name} was measured in {' or '.join(sorted(types))}: {way_out}")
     ways = {", ".join(f"--{flag} {run.measures['on'][flag]}" for flag in flags) for run in runs}
     if len(ways) > 1:
         raise ValueError(f"{name} was measured with {' or '.join(sorted(ways))}: {way_out}")

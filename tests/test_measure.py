@@ -131,15 +131,26 @@ def test_loss_and_redundancy_equal_brute_force(kind, rel, which, tokens):
         assert of_layer == [sum(n / 10 <= x < (n + 1) / 10 for x in chosen) for n in range(10)]
 
 
-def test_only_the_first_sequences_or_batches_count_when_asked():
+def test_only_the_first_sequences_or_one_batch_in_a_few_count_when_asked():
     model = tiny()
     found, Cs, seen = measure.activation_statistics(model, examples_of(), first=2)
     expected, *others = measure.activation_statistics(model, examples_of(TEXTS[:2]))
     assert found == pytest.approx(expected, rel=1e-9)
     torch.testing.assert_close([Cs, seen], others)
-    many, first = blocks_of(tokens=200 * 32 + 1), blocks_of(tokens=128 * 32 + 1)  # 64 in a batch
-    expected = measure.mean_loss(model, first, nullcontext())
-    assert measure.mean_loss(model, many, nullcontext(), 2) == pytest.approx(expected, rel=2e-5)
+    blocks = blocks_of(tokens=200 * 32 + 1)  # 64 of them in a batch
+    with torch.no_grad():
+        losses = [model(*blocks.batch([i])[:2])[1].item() for i in range(200)]
+    expected = statistics.fmean(losses[:64] + losses[128:192])
+    assert measure.mean_loss(model, blocks, nullcontext(), 2) == pytest.approx(expected, rel=2e-5)
+    assert expected != pytest.approx(statistics.fmean(losses[:128]), rel=1e-3)  # the first two
+
+
+def test_evaluations_on_the_way_see_short_and_long_examples():
+    examples = data.load("toysql", "validation", 257, 128)
+    lengths = [examples.batch([i])[2].sum() for i in examples.by_length()]
+    seen = [int(real.sum(1).max()) for *_, real in measure.batches("", tiny(), examples, every=5)]
+    assert len(seen) == math.ceil(len(examples) / 16 / 5) and seen[0] == lengths[15]
+    assert seen[-1] > statistics.median(map(int, lengths)) > seen[0]
 
 
 def normal(tokens, k, seed=0):
@@ -385,7 +396,8 @@ def fake(folder, method, leftover=0.5, seed=0, distill=False, value=None, real=N
     """A finished run's folder with just what tables and figures read."""
     os.makedirs(folder)
     settings = dict(dataset="toysql", data_config=None, model="small", method=method,
-                    distill=distill, leftover=leftover, seed=seed, lr=0.1) | settings
+                    distill=distill, leftover=leftover, seed=seed, lr=0.1,
+                    dtype="float32") | settings
     widths = [round(20 * leftover)] * 2
     log = Path(folder, "log.jsonl")
     log.write_text("".join(json.dumps(dict(
@@ -466,13 +478,23 @@ def test_a_table_has_means_and_sample_standard_deviations_over_seeds(fakes, caps
 
 
 def test_unmeasured_runs_show_their_perplexity_and_ablations_have_rows_of_their_own(capsys):
-    fake("a", "gum", lambda_gum=10.0, log_every=10)
-    fake("b", "gum", lambda_gum=10.0, log_every=20, seed=1)
+    fake("a", "gum", lambda_gum=10.0, accumulate=1)
+    fake("b", "gum", lambda_gum=10.0, accumulate=2, seed=1)
     fake("c", "gum", lambda_gum=0.0)
     assert table_of(capsys, "a", "b") == ("| toysql, small: perplexity | 0.5 |\n| --- | --- |\n"
                                           "| GUM | 5.5 ± 0.71 (2) |\n\n")
     assert ("| GUM, lambda_gum 10.0 | 5.5 ± 0.71 (2) |\n| GUM, lambda_gum 0.0 | 5 (1) |\n"
             in table_of(capsys, "a", "b", "c"))
+
+
+def test_perplexities_of_several_precisions_are_not_compared(capsys):
+    fake("a", "gum", dtype="bfloat16")
+    fake("b", "gum", seed=1, dtype="bfloat16", value=0.5)  # measured, and so in float32
+    assert "| GUM | 5 (1) |" in table_of(capsys, "a")
+    with pytest.raises(SystemExit):
+        main("table", "a", "b", "--metric", "perplexity")
+    assert ("perplexity was measured in bfloat16 or float32: first python measure.py a b"
+            in capsys.readouterr().err)
 
 
 def student(t, n):

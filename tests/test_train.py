@@ -203,6 +203,12 @@ def test_uniqueness_weighs_as_much_when_distilling_but_for_the_papers_samsum():
     assert [*weights.values()] == [10, 10, 10, 100, 0]
 
 
+def test_gpt2_on_samsum_has_the_papers_rate_of_scores_whoever_it_is_from():
+    rates = [train.resolve(train.parse(f"--device cpu --dataset samsum --model {model}".split()))
+             .mask_lr for model in ("gpt2", "openai-community/gpt2", "copies/gpt2", "gpt2-medium")]
+    assert rates == [1e-3, 1e-3, 1e-3, 1e-2]
+
+
 # The ways through: tiny, pruned starts, epochs, teachers, and what changes nothing but rounding.
 
 
@@ -539,14 +545,35 @@ def test_a_run_does_not_lie_where_its_dense_model_goes(capsys):
 
 
 def test_evaluations_take_their_share_of_the_training(monkeypatch):
-    batches = []
-    monkeypatch.setattr(train.measure, "mean_loss", lambda *args: batches.append(args[3]) or 1.0)
-    for steps, size, every, expected in [(12, 2, None, []), (10, 50, 5, [1]), (10, 300, 5, [2]),
-                                         (20, 170, None, [1] * 4), (20, 450, None, [3] * 4)]:
-        batches.clear()
+    shares, real = [], data.load
+    monkeypatch.setattr(train.measure, "mean_loss", lambda *args: shares.append(args[3]) or 1.0)
+
+    def ten_batches(*args):
+        loaded = real(*args)
+        if args[1] == "validation":
+            loaded = data.Blocks(loaded.tokens[:1].repeat(10 * 2048), 32, 256)
+            loaded.about = dict(source="", sha256="", tokens=10 * 2048)
+        return loaded
+
+    monkeypatch.setattr(data, "load", ten_batches)
+    for steps, size, every, expected in [(12, 2, None, []), (10, 50, 5, [10]), (10, 300, 5, [4]),
+                                         (20, 170, None, [8] * 4), (20, 450, None, [3] * 4)]:
+        shares.clear()
         flags = f"--dataset stdlib --batch-size {size} --out run-{size}"
         run(flags + f" --eval-every {every}" * bool(every), steps=steps)
-        assert batches == expected  # each of 2048 tokens: an eighth of those trained on meanwhile
+        assert shares == expected  # 10 / share batches: an eighth of those trained on meanwhile
+
+
+def test_seconds_have_what_the_device_still_computes(monkeypatch):
+    now, real = [0.0], train.check_finite
+    monkeypatch.setattr(train, "time", Mock(perf_counter=lambda: now[0], monotonic=lambda: 0.0))
+
+    def waits(*args):
+        now[0] += 7
+        return real(*args)
+
+    monkeypatch.setattr(train, "check_finite", waits)
+    assert run("--method none --log-every 4 --checkpoint-every 6 --out run")["seconds"] == 4 * 7
 
 
 def test_tensorboard_gets_what_the_log_has(capsys):
@@ -655,6 +682,13 @@ def test_a_mistake_gets_one_line_and_status_2_and_leaves_nothing(flags, says, ca
     assert_fails(capsys, flags, says)
     assert not Path("out").exists()
     assert {path: path.read_bytes() for path in Path("small").iterdir()} == before
+
+
+def test_a_gpu_that_is_not_there_is_told(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert train.parse(["--device", "cuda:1"]).device == "cuda:1"
+    assert_fails(capsys, f"{SMALL} --device cuda:2", "--device cuda:2|cuda:0 to cuda:1")
 
 
 @pytest.mark.parametrize("method,scope,none,one", [  # each layer's 64 neurons, or all 128
