@@ -214,7 +214,7 @@ class Study:
             del rows["Random"]
             return Question(f"Fine-pruning on {about}, to 10 %", {
                 label: {"": self.run(how, **more)} for label, how in rows.items()},
-                PAIRS_EARLY[1:], 3)
+                PAIRS_EARLY[1:])
 
         def distilling():  # when it is asked for: only then is a Hub's model's teacher wanted
             return dict(distill=True, teacher=self.dense())
@@ -269,10 +269,10 @@ class Study:
             yield "scratch", Question("From scratch, for as long as all training before, at 10 %", {
                 "GUM": {"as GUM": self.run(GUM)}, "From scratch": {"as GUM": self.as_gum(
                     DENSE | FROM_SCRATCH | dict(new="scratch", steps=DENSE_STEPS + STEPS))}},
-                (("From scratch", "GUM"),), 3)
+                (("From scratch", "GUM"),))
             yield "other-shape", Question("Another shape: 6 layers of width 192, to 10 %", {
                 name: {"": self.run(how, dense=OTHER_SHAPE)} for name, how in MAIN_EARLY.items()},
-                PAIRS_EARLY, 3)
+                PAIRS_EARLY)
             yield "other-models", Question("From other dense models, to 10 %", {
                 name: {f"seed {dense}": self.run(how, dense=dense) for dense in (0, 1, 2)}
                 for name, how in MAIN_EARLY.items()}, PAIRS_EARLY)
@@ -281,7 +281,7 @@ class Study:
                 name: {f"{steps:,} steps": self.run(how, steps=steps)
                        for steps in (50, 100, 200, 400, 1000, 3000)}
                 for name, how in (MAIN | later).items()},
-                PAIRS + ((global_later, "Global Top_v"), ("OBS", global_later)), 3)
+                PAIRS + ((global_later, "Global Top_v"), ("OBS", global_later)))
             yield "short", Question("Short trainings", {
                 name: {f"{leftover:.0%}, {steps} steps": self.run(how, leftover=leftover,
                                                                   steps=steps)
