@@ -111,7 +111,7 @@ def train(args, steps, model, teacher, train_data, val_data, stop):
     there is something in the list `stop`. Raises ValueError if it is damaged, FloatingPointError
     when the loss is no number.
     """
-    # To evaluate a token takes up to 2/3 of its training: an eighth of them, under a tenth.
+    # Evaluating a token takes up to 2/3 of its training, so an eighth of them under a tenth.
     folder, per_step = Path(args.out), args.batch_size * train_data.block_size / 8
     eval_every = args.eval_every or max(steps // 5, math.ceil(2048 / per_step))
     most = min(max(eval_every * per_step, 2048), 2**17)
