@@ -247,7 +247,8 @@ def time_steps(config, shape, table, args):
 def floor(case, config, shape, speeds):
     """The least seconds of a step; `speeds` are `peaks`."""
     name, v_t, sim_tokens, distill = case
-    similar = (sim_tokens or math.prod(shape)) * (name == "gum")
+    tokens = math.prod(shape)
+    similar = min(sim_tokens or tokens, tokens) * (name == "gum")
     work, moved = least_work(config, v_t, shape, similar, distill)
     return work / speeds[0] + moved / speeds[1]
 

@@ -210,5 +210,9 @@ def call(command, args, parser):
         os._exit(1)
     except (ValueError, OSError) as error:
         parser.error(told(error))
+    except (MemoryError, RuntimeError) as error:  # torch's own lacks a class on a CPU
+        if not isinstance(error, MemoryError) and not re.search(LACKS, str(error)):
+            raise
+        parser.error("out of memory: " + told(error)[:200])
     except KeyboardInterrupt:
         sys.exit(130)

@@ -39,6 +39,7 @@ def read_runs(folders):
     """Runs by (data set, model), in the order of a table's rows: undistilled ones first, then by
     method. A run's `label` is its method's name and the settings in which runs by it differ."""
     runs, groups = [read_model(folder) for folder in dict.fromkeys(folders)], {}
+    row_only = dict.fromkeys(NO_ROW)
     for run in runs:
         if not run.metrics:
             raise ValueError(f"{run.path} has no metrics.json: it is no finished run of train.py")
@@ -53,11 +54,12 @@ def read_runs(folders):
         run.settings["data"] = run.metrics["data"]["train"]["sha256"][:8]
         run.values = run.measures.get("values") or dict(
             perplexity=run.metrics["result"]["val_perplexity"], leftover=run.metrics["leftover"])
-        nowhere = dict(data_path=None)  # data are known by their hash
-        same = next((one for one in runs if one is not run
-                     and one.settings | nowhere == run.settings | nowhere), None)
-        if same:  # and no other seed
-            raise ValueError(f"{same.path} and {run.path} are the same run twice: name one")
+        for one in runs[: runs.index(run)]:
+            alike = one.settings | row_only == run.settings | row_only
+            other = [name for name in NO_ROW if one.settings.get(name) != run.settings.get(name)]
+            if alike and not {"leftover", "seed"} & {*other}:  # it is no repetition
+                but = f", but for {', '.join(other)}" * bool(other)
+                raise ValueError(f"{one.path} and {run.path} are the same run twice{but}: name one")
     for run in sorted(runs, key=lambda run: (run.distill, list(METHODS).index(run.method))):
         alike = [other.settings for other in runs if (other.group, other.method, other.distill)
                  == (run.group, run.method, run.distill)]
@@ -458,8 +460,9 @@ def training(runs):
     """Loss and leftover by step, for all methods; then each method's layers."""
     left, panels = "share of neurons left", {}
     alone = len(runs) == 1
-    for run in runs:
-        log = [json.loads(line) for line in read_log(run).splitlines()]
+    logs = [[json.loads(line) for line in read_log(run).splitlines()] for run in runs]
+    schedules = {tuple((line["step"], line["v_t"]) for line in log) for log in logs}
+    for run, log in zip(runs, logs):
         steps, widths = [line["step"] for line in log], run.metrics["start"]["widths"]
 
         def add(title, y_label, curve, ys):
@@ -469,7 +472,8 @@ def training(runs):
         add(*loss, "training" if alone else run.label, [line["loss"] for line in log])
         if alone:
             add(*loss, "validation", [line.get("val_loss") for line in log])
-        add("all layers", left, "v_t", [line["v_t"] for line in log])
+        if len(schedules) == 1:
+            add("all layers", left, "v_t", [line["v_t"] for line in log])
         add("all layers", left, run.label, [line["leftover"] for line in log])
         for n, m in enumerate(widths):
             add(run.label, left, f"layer {n + 1}", [line["widths"][n] / max(m, 1) for line in log])
@@ -495,19 +499,20 @@ def figures(args):
             draw(path, panels, styles, **how)
             print(f"{path}.png")
 
-        dense, pruned = [run for run in runs if run.method == "none"], {}
-        for run in runs:
-            if run.method != "none":
-                pruned.setdefault((run.distill, run.leftover), []).append(run)
+        dense = [run for run in runs if run.method == "none"]
+        pruned = [run for run in runs if run.method != "none"]
         losses, ratios, values, layers = {}, {}, {}, {}
-        for (distill, leftover), alike in (pruned or {(False, 1.0): []}).items():
+        for distill, leftover in dict.fromkeys(
+                (run.distill, run.leftover) for run in pruned or dense):
             how = "with distillation" if distill else "without distillation"
             suffix = f"-{leftover:g}" + "-distilled" * distill
-            shown = [run for run in runs if run.method == "none" or run.distill == distill]
+            own = [run for run in dense if run.distill == distill] or dense
+            shown = own + [run for run in pruned if run.distill == distill]
+            alike = [run for run in shown if run in pruned and run.leftover == leftover]
             losses |= loss_panels(shown, how)
             ratios |= redundancy_panels(shown, how, "ratios")
             values |= redundancy_panels(shown, how, "values")
-            save("similarity" + suffix, similarity_panels(dense + alike))
+            save("similarity" + suffix, similarity_panels(own + alike))
             if alike:
                 save("training" + suffix, training(alike))
                 layers[f"leftover {leftover:g}, {how}", "layer", "share of neurons left"] = [

@@ -58,6 +58,7 @@ DENSE, RANDOM, TOP_V, GUM = (dict(method=name) for name in ("none", "random", "t
 MAGNITUDE, SOFT, OBS = (dict(method=name) for name in ("magnitude", "soft", "obs"))
 FROM_SCRATCH = dict(batch_size=32, lr=5e-3, eps=1e-8)  # as `tiny` has it
 OTHER_SHAPE = "6x192"  # 6 layers of width 192, 4,608 MLP neurons
+OF_E2E = "-e2e"  # dense0, fine-tuned on it, at the rate that is best in STEPS
 GLOBAL, EARLY = TOP_V | dict(scope="global"), GUM | dict(prune_until=0.3)
 METHODS = {"Magnitude": MAGNITUDE, "Random": RANDOM, "Top_v": TOP_V, "Soft movement": SOFT,
            "Global Top_v": GLOBAL, "GUM": GUM, "OBS": OBS}
@@ -83,8 +84,8 @@ def command(flags):
     """The command of a run, by which it is known: without what is a method's default, and without
     the place of data, which are known by their hash."""
     usual = defaults_of(flags["method"]) | dict(seed=0, dataset="stdlib")
-    if flags["method"] == "gum" and flags.get("distill"):
-        del usual["lambda_gum"]  # is another for some data then
+    if flags.get("dataset") == "samsum" and flags.get("distill"):
+        del usual["lambda_gum"]  # which is another then
     given = {name: flags[name] for name in train.ALL_FLAGS if name in flags and name != "data_path"
              and flags[name] is not None and flags[name] != usual.get(name)}
     return command_of(SimpleNamespace(**given))
@@ -109,8 +110,9 @@ class Study:
         return row
 
     def dense(self, which=0):
-        """The folder of a dense model: of `tiny`, well trained from this seed, or of OTHER_SHAPE;
-        of a Hub's model fine-tuned. It is kept, for others start from it or learn from it."""
+        """The folder of a dense model: of `tiny`, well trained from this seed, of OTHER_SHAPE, or
+        OF_E2E; of a Hub's model fine-tuned. It is kept, for others start from it or learn from it.
+        """
         name = "dense" if self.tiny else f"{Path(self.args.model).name}-dense"
         folder = str(self.folder / f"{name}{which}")
         how = dict(steps=DENSE_STEPS, seed=which) if self.tiny else self.start() | dict(seed=which)
@@ -118,6 +120,8 @@ class Study:
             self.dense()  # of which `new_model` takes the rest
             new = str(self.folder / f"new-{OTHER_SHAPE}-seed0")
             how = FROM_SCRATCH | dict(steps=DENSE_STEPS, seed=0, model=new)
+        elif which == OF_E2E:
+            how = self.start() | self.data_of("e2e") | dict(batch_size=8, steps=2000, lr=4e-3)
         self.want(how | DENSE | dict(out=folder))
         return folder
 
@@ -127,6 +131,13 @@ class Study:
             return dict(model=self.dense(dense), steps=STEPS, batch_size=32, eps=1e-8)
         return dict(model=self.args.model, dataset=self.args.dataset,
                     data_path=self.args.data_path)
+
+    def data_of(self, name):
+        """The flags of a data set: its name, and where a copy is if --data has those."""
+        flags, hub = dict(dataset=name), data.DATASETS[name].get("hub")
+        if self.args.data and hub:
+            flags["data_path"] = str(Path(self.args.data, hub))
+        return flags
 
     def best(self, flags, name, values):
         """`flags` with that of `values` for a flag with which a run of the seed TUNING ends best:
@@ -149,7 +160,7 @@ class Study:
         that suit it. From 50 % on the highest rate is left out, below it the lowest. Where only
         the end is given, up to 30 % has the rate of 30 %, else that of 70 %; longer trainings and
         dense models of other seeds those of STEPS from dense0. None as long as they are unknown."""
-        flags, given = self.start(dense if dense == OTHER_SHAPE else 0) | how, dict(more)
+        flags, given = self.start(0 if isinstance(dense, int) else dense) | how, dict(more)
         flags |= dict(distill=distill, teacher=teacher)
         if "dataset" in more:
             flags |= more
@@ -205,16 +216,13 @@ class Study:
                            for weight in (0.0, 1.0, 3.0, 10.0, 30.0, 100.0)}
                     for name, flags in (("each layer", TOP_V), ("all layers", GLOBAL))}
 
-        def transfer(about, name, **more):
-            more["dataset"] = name
-            hub = data.DATASETS[name].get("hub")
-            if self.args.data and hub:
-                more["data_path"] = str(Path(self.args.data, hub))
-            rows = {"Dense": DENSE, **MAIN_EARLY}
+        def transfer(about, name, others=(), pairs=(), **more):
+            more |= self.data_of(name)
+            rows = {"Dense": DENSE, **MAIN_EARLY, **dict(others)}
             del rows["Random"]
             return Question(f"Fine-pruning on {about}, to 10 %", {
                 label: {"": self.run(how, **more)} for label, how in rows.items()},
-                PAIRS_EARLY[1:])
+                PAIRS_EARLY[1:] + pairs)
 
         def distilling():  # when it is asked for: only then is a Hub's model's teacher wanted
             return dict(distill=True, teacher=self.dense())
@@ -290,7 +298,12 @@ class Study:
                 tuple(("OBS", name) for name in METHODS | later if name != "OBS"))
             # Steps of 1,400 to 3,300 tokens; stdlib's have 2,048. toysql is soon learned.
             yield "toysql", transfer("toysql in 100 steps", "toysql", steps=100)
-            yield "e2e", transfer("E2E", "e2e", batch_size=8)
+            late_too = {name: schedules[name] for name in (global_later, obs_later)}, (
+                (obs_later, "GUM"), (obs_later, "OBS"), (obs_later, global_later),
+                (global_later, "Global Top_v"), ("OBS", "Global Top_v"))
+            yield "e2e", transfer("E2E", "e2e", *late_too, batch_size=8)
+            yield "e2e-tuned", transfer("E2E, which the dense model knows", "e2e", *late_too,
+                                        batch_size=8, dense=OF_E2E)
             yield "wikitext", transfer("WikiText-2", "wikitext", data_config="wikitext-2-v1",
                                       block_size=64)
 
@@ -388,12 +401,14 @@ def end_with_parent():
 
 
 def begin_process():
-    """Begin one of the processes that make runs: it ends with the study, and its runs share their
-    data, for to read them takes as long as 30 steps."""
+    """Begin one of the processes that make runs: it ends with the study, by Ctrl-C only if it makes
+    one, and its runs share their data, for to read them takes as long as 30 steps."""
+    signal.signal(signal.SIGINT, lambda *_: None)
     data.load = cache(data.load)
     Thread(target=end_with_parent, daemon=True).start()
 
 
+@cli.handling(signal.default_int_handler)
 def make_run(flags, folder):
     """Make a run in `folder`, as its command would, and return its row."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -409,11 +424,13 @@ def make_run(flags, folder):
         with open(log, "a") as file, redirect_stdout(file), redirect_stderr(file):
             train.main()
     except SystemExit as error:
-        if "no longer a finite number" in log.read_text():  # which says that the rate is too high
+        too_high = "no longer a finite number" in log.read_text()  # the rate
+        if too_high and "out" not in flags:
             return row | dict(loss=math.inf, leftover=1.0)
         raise RuntimeError(f"see {log}") from error
     finally:
         train.fine_prune = step
+    torch.set_float32_matmul_precision("highest")  # on a GPU train.py has it lower
     run = read_run(folder)
     metrics, args = run.metrics, train.resolve(train.parse(words))
     row |= dict(
@@ -439,17 +456,36 @@ def folder_of(flags, folder):
     return folder / f"{name}-{zlib.crc32(command(flags).encode()):08x}"
 
 
+def taken_by(flags, folder):
+    """{model that a run takes from `folder`: the dense model for that, itself or what a new one is
+    made of}."""
+    paths = map(Path, filter(None, (flags.get("model"), flags.get("teacher"))))
+    return {path: folder / "dense0" if re.match("neurons-|scratch-|new-", path.name) else path
+            for path in paths if path.parent == folder}
+
+
 def is_ready(flags, folder):
-    """Whether the models that a run takes from `folder` are there; new ones are made of dense0."""
-    for path in map(Path, filter(None, (flags.get("model"), flags.get("teacher")))):
-        if path.parent == folder:
-            new = re.match("neurons-|scratch-|new-", path.name)
-            dense = folder / "dense0" if new else path
-            if not (dense / "metrics.json").exists():
-                return False
-            if new and not path.exists():
-                new_model(path)
+    """Whether the models that a run takes from `folder` are there. New ones are made."""
+    taken = taken_by(flags, folder)
+    if not all((dense / "metrics.json").exists() for dense in taken.values()):
+        return False
+    for path in taken:
+        if not path.exists():
+            new_model(path)
     return True
+
+
+def needed(wanted, known, folder):
+    """Of `wanted` {command: flags} the runs that are not `known`, and dense models, if they are
+    gone from `folder`, only where those, or one of these, take them."""
+    runs = {name: flags for name, flags in wanted.items() if name not in known}
+    while True:
+        taken = {dense for flags in runs.values() for dense in taken_by(flags, folder).values()}
+        more = {name: flags for name, flags in wanted.items()
+                if name not in runs and Path(flags["out"]) in taken}
+        if not more:
+            return runs
+        runs |= more
 
 
 def wanted_by(args, known):
@@ -463,8 +499,7 @@ def wanted_by(args, known):
                     study.want(flags)
             wanted |= study.wanted
         study.wanted = {}
-    if all(name in known for name in wanted):  # dense models that are gone, and nobody takes
-        return {}
+    wanted = needed(wanted, known, Path(args.out))
 
     def order(item):  # dense models first, for which others wait; then the shortest
         return "out" not in item[1], item[1].get("steps", 0)
@@ -493,7 +528,8 @@ def check_hash(row, known):
     dataset = dataset_of(row["command"])
     others = {other["data"] for name, other in known.items()
               if name != row["command"] and dataset_of(name) == dataset}
-    if others - {row["data"]}:
+    others -= {row["data"], None, ""}  # those whose loss was no number have none
+    if row["data"] and others:
         raise ValueError(f"{dataset} is other data here (sha256 {row['data']}) than in {CSV} "
                          f"({', '.join(others)}): go on with those, or move that file away to "
                          "begin anew")
@@ -562,6 +598,10 @@ def make(args):
                 known |= read_rows()  # those that are made elsewhere meanwhile
                 for _, row in finished:
                     check_hash(row, known)
+                    old = known.get(row["command"])
+                    if old and old["loss"] != row["loss"]:  # as on another machine
+                        bar.write(f"{row['command']} is another model than that which others in "
+                                  f"{CSV} are from: {row['loss']:.6f}, it was {old['loss']:.6f}")
                     known[row["command"]] = row
                 write_rows(known)
             bar.update(len(finished))
@@ -737,7 +777,7 @@ def label_of(row):
     """The method in a row's command, by its name in tables."""
     flags = train.parse(shlex.split(row["command"])[2:])
     if flags.scope == "global":
-        return "Global Top_v"
+        return "GUM" if flags.lambda_gum else "Global Top_v"
     return next(name for name, how in METHODS.items() if how["method"] == flags.method)
 
 
@@ -768,7 +808,9 @@ def report(args):
              and row["leftover"] < 0.11  # soft movement leaves more
              and not re.search(r"--(dataset|distill|seed 99|prune-until|method obs)", name)
              and re.search(r"dense0 .*--steps 400 ", name)]
-    if at_10:
+    # Global Top_v with a lambda_gum that GUM has is the same run.
+    at_10 = [*{(row["loss"], row["widths"]): row for row in at_10}.values()]
+    if at_10 and study.tiny:
         parts["predictors"] = predictors(at_10)
     for name in ("methods", "methods-distilled", "where"):
         if name in parts:

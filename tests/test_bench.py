@@ -257,6 +257,29 @@ def test_a_step_that_fails_is_words_in_its_cells(capsys, monkeypatch):
     torch.set_flush_denormal(False)
 
 
+def test_too_little_memory_even_for_plain_steps_is_told_in_a_line(capsys, monkeypatch):
+    def stepper(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 GB")
+
+    monkeypatch.setattr(bench, "stepper", stepper)
+    monkeypatch.setattr(bench, "peak_memory", lambda *_: "out of memory")
+    save("small")
+    with pytest.raises(SystemExit) as ended:
+        main(*"steps --model small --batch-size 2 --block-size 16 --rounds 1".split())
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "bench.py steps: error: out of memory: DefaultCPUAllocator: can't allocate memory: you "
+        "tried to allocate 1 GB")
+    torch.set_flush_denormal(False)
+
+
+def test_no_step_measures_the_similarity_of_more_tokens_than_it_has():
+    config, speeds = GPTConfig(n_layer=1, n_embd=8, n_head=1, vocab_size=16), (1.0, 1.0)
+    floors = [bench.floor(("gum", 1.0, tokens, False), config, (2, 8), speeds)
+              for tokens in (4, 16, 64, None)]
+    assert floors[0] < floors[1] == floors[2] == floors[3]
+
+
 def test_narrowed_shapes_keep_the_share_asked_for_and_fall_as_gums_do():
     for share in (0.25, 0.1):
         alike, falling = (bench.narrowed(GPTConfig(), share, how).mlp_widths for how in (1, 0))

@@ -392,7 +392,8 @@ def test_texts_are_scored_and_read_back_as_e2e_metrics_reads_them(dataset, colum
 # Made-up runs, side by side.
 
 
-def fake(folder, method, leftover=0.5, seed=0, distill=False, value=None, real=None, **settings):
+def fake(folder, method, leftover=0.5, seed=0, distill=False, value=None, real=None, v_t=None,
+         **settings):
     """A finished run's folder with just what tables and figures read."""
     os.makedirs(folder)
     settings = dict(dataset="toysql", data_config=None, model="small", method=method,
@@ -401,7 +402,7 @@ def fake(folder, method, leftover=0.5, seed=0, distill=False, value=None, real=N
     widths = [round(20 * leftover)] * 2
     log = Path(folder, "log.jsonl")
     log.write_text("".join(json.dumps(dict(
-        step=step, loss=9 / step, v_t=leftover, leftover=leftover, widths=widths)) + "\n"
+        step=step, loss=9 / step, v_t=v_t or leftover, leftover=leftover, widths=widths)) + "\n"
         for step in range(1, 30)))
     files = dict(metrics=dict(
         settings=settings, log=runs.log_state(log.read_bytes()), model=seed, started=seed,
@@ -485,6 +486,15 @@ def test_unmeasured_runs_show_their_perplexity_and_ablations_have_rows_of_their_
                                           "| GUM | 5.5 ± 0.71 (2) |\n\n")
     assert ("| GUM, lambda_gum 10.0 | 5.5 ± 0.71 (2) |\n| GUM, lambda_gum 0.0 | 5 (1) |\n"
             in table_of(capsys, "a", "b", "c"))
+
+
+def test_a_run_made_again_in_a_way_that_changes_no_result_is_no_repetition(capsys):
+    fake("a", "gum")
+    fake("b", "gum", accumulate=2, device="cuda")
+    with pytest.raises(SystemExit):
+        main("table", "a", "b")
+    assert ("a and b are the same run twice, but for device, accumulate: name one"
+            in capsys.readouterr().err)
 
 
 def test_perplexities_of_several_precisions_are_not_compared(capsys):
@@ -577,6 +587,27 @@ def test_figures_show_the_runs_and_are_not_blank(fakes):
         pixels = image.imread(path)
         dark = (pixels[..., :3].min(2) < 0.9).mean()
         assert pixels.shape[1] == 1800 and 0.01 < dark < 0.5, path
+
+
+def test_each_panel_has_the_dense_runs_of_its_own_kind_and_a_schedule_that_all_its_runs_have():
+    fake("plain", "none", 1.0, value=0.8)
+    fake("taught", "none", 1.0, distill=True, value=0.9)
+    fake("gum", "gum", distill=True, value=0.5)
+    fake("obs", "obs", distill=True, value=0.6)
+    fake("own", "topv", value=0.4)
+    panel = "leftover wanted (share of neurons)", "validation loss (nats/token)"
+    figures = drawn_by(["plain", "taught", "gum", "obs", "own"])
+    for how, dense in ("without", 0.2), ("with", 0.1):
+        curves = figures["loss"][0][f"{how} distillation", *panel]
+        found, = (ys for curve, _, ys in curves if curve.startswith("Dense"))
+        assert found == [pytest.approx(dense)]
+    left = "all layers", "step", "share of neurons left"
+    assert [curve for curve, *_ in figures["training-0.5-distilled"][0][left]].count("v_t") == 2
+    fake("early", "topv", distill=True, value=0.5, v_t=0.4)
+    figures = drawn_by(["plain", "taught", "gum", "obs", "early"])
+    assert "v_t" not in [curve for curve, *_ in figures["training-0.5-distilled"][0][left]]
+    figures = drawn_by(["plain", "taught"])
+    assert {"similarity-1", "similarity-1-distilled"} <= figures.keys()
 
 
 def test_a_method_is_drawn_by_a_full_line_and_its_ablations_by_others():

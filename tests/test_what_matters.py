@@ -107,7 +107,7 @@ def test_every_run_is_made_once_after_those_that_it_depends_on(made, capsys):
     assert len(commands) == len(made)
     assert {path.name.rsplit("-seed")[0] for path in Path("out").iterdir()} == {
         ".lock", "dense0", "dense1", "dense2", "neurons-100,50,30,25", "scratch-100,50,30,25",
-        "dense6x192", "new-6x192"}
+        "dense6x192", "new-6x192", "dense-e2e"}
 
 
 def test_tables_are_made_with_what_the_tuning_runs_have_chosen(made):
@@ -134,6 +134,16 @@ def test_a_model_of_another_shape_takes_the_rest_of_the_dense_one(made):
     assert [flags["out"] for flags in made[:2]] == ["out/dense0", "out/dense6x192"]
     assert made[1]["model"] == "out/new-6x192-seed0" and len(made) > 20
     assert {flags["model"] for flags in made[2:]} == {"out/dense6x192"}
+
+
+def test_a_dense_model_that_knows_the_data_is_fine_tuned_before_it_is_pruned(made):
+    make(only="^e2e-tuned$")
+    dense, knows, *others = made
+    assert dense["out"] == "out/dense0" == knows["model"] and "dataset" not in dense
+    assert knows["method"] == "none" and knows["out"] == "out/dense-e2e"
+    assert {flags["model"] for flags in others} == {"out/dense-e2e"} and len(others) > 40
+    assert {flags["dataset"] for flags in [knows, *others]} == {"e2e"}
+    assert {flags["batch_size"] for flags in [knows, *others]} == {8}
 
 
 def test_where_pruning_begins_and_ends_each_schedule_is_tuned_by_itself(made):
@@ -275,6 +285,26 @@ def test_a_killed_studys_processes_end_with_it():
         time.sleep(0.1)
 
 
+IDLE = """import os, signal, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import active_children, get_context
+from results.what_matters import begin_process, stopping
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(2, get_context("spawn"), begin_process) as pool, stopping():
+        list(pool.map(time.sleep, (0.5, 0.5)))  # so that both are there
+        signal.raise_signal(signal.SIGINT)
+"""
+
+
+def test_processes_that_make_nothing_end_without_a_word_on_ctrl_c():
+    Path("pool.py").write_text(IDLE)
+    ended = subprocess.run([sys.executable, "pool.py"], stderr=subprocess.PIPE, text=True,
+                           env=os.environ | dict(PYTHONPATH=str(ROOT)), timeout=100)
+    assert ended.stderr.count("Traceback") == ended.stderr.count("KeyboardInterrupt") == 1
+    assert "Process Spawn" not in ended.stderr  # only the one that was told
+
+
 @pytest.mark.parametrize("only, says", [("wheer", "matches none of where, when"),
                                         ("(", "no regular expression")])
 def test_a_question_that_is_none_is_told(only, says, made):
@@ -291,13 +321,68 @@ def test_a_rate_with_which_the_loss_is_no_number_is_not_chosen():
     assert study.make_run(flags, Path("made"))["loss"] == math.inf
 
 
+def test_a_run_without_a_loss_keeps_none_of_the_others_from_being_made(made, monkeypatch):
+    make_run = study.make_run
+
+    def make_some(flags, folder):
+        row = make_run(flags, folder)
+        return row | dict(loss=math.inf, data=None) if flags.get("lr") == 1e-3 else row
+
+    monkeypatch.setattr(study, "make_run", make_some)
+    make(only="^(memory|toysql)$")
+    count = len(made)
+    assert sum(row["loss"] == math.inf for row in study.read_rows().values()) > 2
+    make(only="^(memory|toysql)$")
+    assert len(made) == count
+
+
+def test_dense_models_that_are_gone_are_made_again_only_for_runs_that_take_them(made):
+    make(only="^(where|other-models|other-shape)$")
+    rows = study.read_rows()
+    gone = next(name for name in rows if "scope" in name and "model out/dense0" in name)
+    new = next(name for name in rows if "model out/neurons" in name and "seed 3" in name)
+    for row in gone, new:
+        shutil.rmtree("out")
+        made.clear()
+        study.write_rows({name: rows[name] for name in rows if name != row})
+        make(only="^(where|other-models|other-shape)$")
+        assert [flags.get("out") for flags in made] == ["out/dense0", None]
+        assert study.command(made[1]) == row
+
+
+def test_a_dense_model_that_is_made_again_and_is_another_is_told(made, monkeypatch, capsys):
+    make(only="^memory$")
+    rows, usual = study.read_rows(), loss_of
+    for change in 0.0, 0.25:
+        monkeypatch.setitem(
+            globals(), "loss_of", lambda flags: usual(flags) + change * ("out" in flags))
+        shutil.rmtree("out")
+        made.clear()
+        study.write_rows(dict(list(rows.items())[:-1]))
+        capsys.readouterr()
+        make(only="^memory$")
+        assert ("6000 is another model than that which others in what-matters.csv are from: "
+                "1.296052, it was 1.046052" in capsys.readouterr().out) == (change > 0)
+
+
+def test_a_dense_model_without_a_loss_is_a_failure():
+    save_small("small")
+    words = f"{SMALL} --method none --steps 20 --lr 1e12 --out dense"
+    flags = {name: value for name, value in vars(train.parse(words.split())).items()
+             if value is not None}
+    with pytest.raises(RuntimeError, match="see dense.log"):
+        study.make_run(flags, Path("dense"))
+
+
 def test_a_commands_defaults_are_left_out_so_that_no_run_has_two():
     gum = dict(method="gum", seed=0, lambda_gum=10.0, scope="global", prune_until=0.7, distill=None)
     assert study.command(gum) == "python train.py --method gum"
     assert study.command(gum | dict(data_path="x")) == study.command(gum)
-    taught = gum | dict(distill=True, lambda_gum=10.0)  # always said then
-    assert study.command(taught) == "python train.py --method gum --lambda-gum 10.0 --distill"
-    for flags in (gum, taught, dict(method="soft", scope=None, lambda_mvp=20.0)):
+    taught = gum | dict(distill=True)
+    assert study.command(taught) == "python train.py --method gum --distill"
+    samsum = taught | dict(dataset="samsum", model="x")  # its default is another then
+    assert study.command(samsum).endswith(" --dataset samsum --lambda-gum 10.0 --distill")
+    for flags in (gum, taught, samsum, dict(method="soft", scope=None, lambda_mvp=20.0)):
         words = shlex.split(study.command(flags))[2:]
         there, here = train.resolve(train.parse(words)), SimpleNamespace(**flags)
         assert all(getattr(there, name) == value for name, value in vars(here).items()
@@ -386,16 +471,44 @@ def test_predictors_are_rank_correlations_with_the_final_loss():
         [" +1.00 (4) ", " -0.74 (4) "], [" -1.00 (4) ", "  "]]
 
 
-def test_the_page_has_the_tables_that_its_rows_give(monkeypatch):
+@pytest.fixture
+def kept(monkeypatch):
+    """The study's own rows and page, copied."""
     if not study.CSV.exists():
         pytest.skip("no run of the study is kept")
     for file in (study.CSV, study.CSV.with_suffix(".md")):
         shutil.copy(file, file.name)
-    before = Path("what-matters.md").read_bytes()
     monkeypatch.setattr(study, "CSV", Path("what-matters.csv"))
-    monkeypatch.setattr("sys.argv", ["what_matters", "report"])
+
+
+def report(monkeypatch, *flags):
+    monkeypatch.setattr("sys.argv", ["what_matters", "report", *flags])
     study.main()
+
+
+def test_the_page_has_the_tables_that_its_rows_give(kept, monkeypatch):
+    before = Path("what-matters.md").read_bytes()
+    report(monkeypatch)
     assert Path("what-matters.md").read_bytes() == before
+
+
+def test_predictors_have_each_run_of_tiny_once_and_no_other_models(kept, monkeypatch, capsys):
+    found = []
+    monkeypatch.setattr(study, "draw_figures", lambda _, __, at_10: found.extend(at_10))
+    report(monkeypatch)
+    assert len({row["loss"] for row in found}) == len(found) > 50
+    unique = {study.label_of(row) for row in found if "--lambda-gum 100" in row["command"]}
+    assert unique == {"Top_v", "GUM"}
+    rows = study.read_rows()
+    args = SimpleNamespace(**vars(ARGS) | dict(model="gpt2", only="^when$"))
+    while wanted := study.wanted_by(args, rows):
+        rows |= {name: dict.fromkeys(study.COLUMNS) | dict(
+            command=name, loss=1.0, leftover=0.1, widths="1", data="0") for name in wanted}
+    study.write_rows(rows)
+    capsys.readouterr()
+    report(monkeypatch, "--model", "gpt2")
+    out = capsys.readouterr().out
+    assert "When the leftover is reached" in out and "| measure |" not in out
 
 
 def test_figures_have_a_point_for_every_run(made, monkeypatch):
