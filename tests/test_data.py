@@ -140,6 +140,15 @@ def test_stdlib_holds_each_source_once_and_its_content_chooses_the_split(monkeyp
     assert now - {"print('new')\n"} == set(validation)
 
 
+def test_a_sources_hash_puts_13_of_256_into_validation(monkeypatch, tmp_path):
+    texts = [f"x = {i}\n" for i in range(300)]
+    write({f"python/{i}.py": text.encode() for i, text in enumerate(texts)})
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "python")})
+    train, validation = map(documents, both("stdlib", block_size=16))
+    asked = {text for text in texts if int(hashlib.sha256(text.encode()).hexdigest()[:2], 16) < 13}
+    assert set(validation) == asked and set(train) == set(texts) - asked
+
+
 def test_a_folder_of_plain_texts_is_read_with_its_lines_and_spaces():
     text = "one\n\n  two\r\n = A title = \n\nfour"
     write({f"texts/{split}.txt": f"{split}\n{text}".encode() for split in ("train", "validation")})

@@ -389,6 +389,32 @@ def test_texts_are_scored_and_read_back_as_e2e_metrics_reads_them(dataset, colum
     assert Path("run/references.txt").read_text() == references[0]
 
 
+def test_texts_are_written_with_as_many_beams_as_asked_for_and_of_the_validation_split():
+    columns = "meaning_representation", "human_reference"
+    for split, place in ("train", "Rome"), ("validation", "Oslo"):
+        Path("data", split).mkdir(parents=True)
+        rows = [dict(zip(columns, (f"near[{place}] {n}", f"Near {place} {n} .")))
+                for n in range(4)]
+        Path("data", split, "0.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    save("small")
+    model, examples = GPT.from_pretrained("small"), data.load(
+        "e2e", "validation", 257, 64, "data", None)
+    for beams in 1, 3:
+        main(*"small --dataset e2e --data-path data --block-size 64 --outputs --device cpu".split(),
+             "--beams", beams)
+        assert "Near Oslo 0 ." in Path("small/references.txt").read_text()
+        wanted, _ = texts.write_texts(model, examples, beams=beams)
+        assert Path("small/outputs.txt").read_text() == "\n".join(wanted) + "\n"
+
+
+def test_exact_match_is_of_the_validation_split(monkeypatch):
+    seen = []
+    monkeypatch.setattr(measure, "exact_matches", lambda _, examples: seen.append(examples) or [1])
+    save("small")
+    main(*"small --dataset toysql --block-size 128 --examples 2 --device cpu".split())
+    assert [len(examples.sizes) for examples in seen] == [1000]
+
+
 # Made-up runs, side by side.
 
 

@@ -434,6 +434,20 @@ def test_reading_a_model_peaks_below_one_and_a_half_times_its_size(tmp_path, lay
     assert 0.9 < float(run.stdout) < 1.5
 
 
+@pytest.mark.parametrize("make", [hf_gpt2, hf_neo])
+def test_what_a_configuration_does_not_say_is_transformers_default(tmp_path, make):
+    # As in the files of gpt2 itself, which lack scale_attn_weights.
+    hf = make()
+    path = write(tmp_path, hf) / "config.json"
+    config = json.loads(path.read_text())
+    for name in ("scale_attn_weights", "tie_word_embeddings", "window_size", "layer_norm_epsilon",
+                 "activation_function", "n_inner", "intermediate_size",
+                 "scale_attn_by_inverse_layer_idx"):
+        config.pop(name, None)
+    path.write_text(json.dumps(config))
+    assert distance(GPT.from_pretrained(tmp_path), hf, 320) < 1e-10
+
+
 # Writing.
 
 every_width = pytest.mark.parametrize("widths", [(50,) * 4, (5, 0, 40, 17), (0, 0, 0, 0)], ids=str)
@@ -487,3 +501,10 @@ def test_a_failed_save_leaves_the_older_model(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         ours(widths=(3,) * 4).save_pretrained(tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_attention_is_saved_as_scaled_as_it_is(tmp_path, scaled):
+    hf = hf_gpt2(scale_attn_weights=scaled)
+    loaded(hf, tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+    assert distance(GPT.from_pretrained(tmp_path / "ours"), hf, 60) < 1e-10

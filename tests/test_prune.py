@@ -746,6 +746,14 @@ def test_similarity_of_bfloat16_activations_is_summed_up_in_float32():
         assert off.max() < 0.01
 
 
+def test_what_is_measured_of_bfloat16_activations_is_summed_up_in_float32():
+    model = GPT(GPTConfig(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    pruner, h = prune.Pruner(model, "obs", 0.5, 10), torch.randn(1, 500, 32).bfloat16()
+    pruner.add_measured(0, None, h)
+    torch.testing.assert_close(pruner.sums[:-1].double(), h[0].double().square().sum(0),
+                               rtol=1e-5, atol=0)
+
+
 # The loss.
 
 HOW = SimpleNamespace(label_smoothing=0.1, alpha_ce=0.3, alpha_kd=0.6, temperature=3.0,
@@ -850,6 +858,28 @@ def test_distillation_is_the_divergence_from_teacher_to_student(temperature):
     ours = prune.distillation_loss(student, teacher, temperature).item()
     assert ours == pytest.approx(wanted, rel=1e-12)
     assert abs(prune.distillation_loss(student, student.clone(), temperature)) < 1e-12
+
+
+@pytest.mark.parametrize("taught, share", [(False, 1.0), (True, 0.3)])
+def test_in_bfloat16_the_loss_is_not_rounded(taught, share):
+    # All logits are 0, which is exact, and log(257) is not: bfloat16 has 8 bits.
+    x, head = torch.ones(300, 1), torch.zeros(257, 1, requires_grad=True)
+    how = SimpleNamespace(**vars(HOW) | dict(label_smoothing=0.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = HeadLoss.apply(x, head, torch.zeros(300, dtype=torch.long),
+                              (x, head.detach()) if taught else None, how)
+    assert loss.item() == pytest.approx(share * 300 * math.log(257), rel=1e-5)
+
+
+def test_the_heads_gradient_is_summed_up_in_float32():
+    # In bfloat16 256 + 1 is 256: what the later blocks of 128 tokens add would be lost.
+    x, head = torch.ones(9 * 128, 1), torch.zeros(50257, 1, requires_grad=True)
+    x[:128] = 256
+    how = SimpleNamespace(**vars(HOW) | dict(label_smoothing=0.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = HeadLoss.apply(x, head, torch.zeros(len(x), dtype=torch.long), None, how)
+    loss.backward()
+    assert head.grad[0].item() == pytest.approx(-128 * (256 + 8), rel=1e-3)
 
 
 # The end.

@@ -12,6 +12,7 @@ import sys
 from functools import cache
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -209,6 +210,55 @@ def test_gpt2_on_samsum_has_the_papers_rate_of_scores_whoever_it_is_from():
     assert rates == [1e-3, 1e-3, 1e-3, 1e-2]
 
 
+def test_the_log_has_means_of_the_steps_since_its_last_line():
+    run("--method topv --log-every 1 --out each")
+    run("--method topv --log-every 4 --out some")
+    each, some = ([json.loads(line) for line in open(f"{folder}/log.jsonl")]
+                  for folder in ("each", "some"))
+    assert [line["step"] for line in each] == [*range(1, 13)]
+    for n, line in enumerate(some):
+        for name in "loss", "grad_norm":
+            values = [one[name] for one in each[4 * n : 4 * n + 4]]
+            assert line[name] == pytest.approx(sum(values) / 4, rel=1e-5)
+
+
+def test_the_log_has_the_weights_rate():
+    run("--method soft --leftover 0.25 --log-every 6 --out run")
+    assert json.loads(open("run/log.jsonl").readline())["lr"] == pytest.approx(0.01 * 6 / 11)
+
+
+def test_a_validation_loss_on_the_way_is_the_pruned_models(monkeypatch):
+    seen, real = [], train.measure.mean_loss
+    monkeypatch.setattr(train.measure, "mean_loss", lambda model, examples, *rest: (
+        seen.append([len(block.mlp.kept_weights()[1]) for block in model.h])
+        or real(model, examples, *rest)))
+    run("--method random --leftover 0.25 --eval-every 10 --out run")
+    line = next(json.loads(line) for line in open("run/log.jsonl") if "val_loss" in line)
+    assert line["widths"] == seen[0] == [16, 16]
+
+
+def test_seconds_are_those_of_training_alone(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(train, "time", SimpleNamespace(
+        perf_counter=lambda: now[0], monotonic=lambda: 0.0))
+
+    def takes(seconds, function):
+        def call(*args):
+            now[0] += seconds
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(train, "check_finite", takes(7, train.check_finite))
+    monkeypatch.setattr(train.measure, "mean_loss", takes(100, train.measure.mean_loss))
+    monkeypatch.setattr(train, "save", takes(1000, train.save))
+    flags = "--method none --log-every 4 --checkpoint-every 6 --eval-every 4 --accumulate 2"
+    metrics = run(f"{flags} --out run")
+    assert metrics["seconds"] == 4 * 7  # in steps 4, 6, 8, 12
+    assert metrics["tokens"] == 12 * 2 * 32
+    assert metrics["tokens_per_second"] == metrics["tokens"] / metrics["seconds"]
+
+
 # The ways through: tiny, pruned starts, epochs, teachers, and what changes nothing but rounding.
 
 
@@ -268,6 +318,12 @@ def test_epochs_set_the_steps():
     epochs = 10 / len(load_once("stdlib", "train", 257, 32, None, None))
     flags = "--model small --block-size 32 --batch-size 2 --device cpu --out run --epochs"
     assert train.run(train.parse([*flags.split(), str(epochs)]))["steps"] == 5
+
+
+def test_accumulating_changes_no_number_of_steps():
+    epochs = 10 / len(load_once("stdlib", "train", 257, 32, None, None))
+    flags = "--model small --block-size 32 --batch-size 2 --device cpu --out run --accumulate 2"
+    assert train.run(train.parse([*flags.split(), "--epochs", str(epochs)]))["steps"] == 5
 
 
 @pytest.mark.parametrize("one,other", [
@@ -349,6 +405,97 @@ def test_wikitext_with_the_real_vocabulary(how, flags, monkeypatch):
                   "--data-path", str(hub / "Salesforce/wikitext"), model="start")
     assert sum(GPT.from_pretrained("run").config.mlp_widths) == 32
     assert metrics["result"]["val_loss"] < metrics["start"]["val_loss"]
+
+
+def test_an_epoch_has_every_sequence_once_in_an_order_of_its_own_and_of_the_seed():
+    orders = {}
+    for seed in 0, 1:
+        batches = [train.batch_indices(step, 10, 4, seed) for step in range(1, 6)]
+        assert all(len(batch) == 4 for batch in batches)
+        places = sum(batches, [])  # two epochs, cut in the middle of a batch
+        orders[seed] = places[:10], places[10:]
+        assert all(sorted(order) == list(range(10)) for order in orders[seed])
+    assert len({tuple(order) for both in orders.values() for order in both}) == 4
+
+
+def test_the_seed_decides_the_first_weights_and_the_random_scores(monkeypatch):
+    monkeypatch.setattr(train, "batch_indices", lambda *_: [0, 1])  # but for which data come when
+    for seed in 0, 1:
+        run(f"--method random --leftover 0.5 --seed {seed} --lr 1e-9 --out random{seed}")
+    a, b = (GPT.from_pretrained(f"random{seed}").h[0].mlp.c_fc.weight for seed in (0, 1))
+    assert a.shape == b.shape and (a - b).abs().max() > 0.1
+    a, b = (train.load_model("tiny", SimpleNamespace(seed=seed, device="cpu")) for seed in (0, 1))
+    assert not torch.equal(a.wte.weight, b.wte.weight)
+
+
+def test_the_similarity_sees_other_random_tokens_at_every_step_and_seed(monkeypatch):
+    seeds, real = [], data.micro_batches
+    monkeypatch.setattr(data, "micro_batches", lambda *args: seeds.append(args[-1]) or real(*args))
+    for seed in 0, 1:
+        run(f"--method gum --sim-tokens 8 --seed {seed} --out run{seed}")
+    assert len(set(seeds)) == len(seeds) == 24
+
+
+def test_tiny_is_pruned_from_its_dense_run_and_another_model_from_itself(monkeypatch):
+    began, real = [], train.train
+    monkeypatch.setattr(train, "train", lambda args, steps, model, teacher, *rest: (
+        began.append([one and runs.model_state(one) for one in (model, teacher)])
+        or real(args, steps, model, teacher, *rest)))
+    run("--method gum --distill", model="tiny", steps=4)
+    (dense,) = Path("out").glob("none-*")
+    dense = runs.model_state(GPT.from_pretrained(dense))
+    assert began[1] == [dense, dense] != began[0]
+    began.clear()
+    run("--method none --out out/dense")
+    run("--method topv --distill --out out/run")
+    small, dense = (runs.model_state(GPT.from_pretrained(one)) for one in ("small", "out/dense"))
+    assert began == [[small, None], [small, dense]]
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("lambda_mvp", 7.0), ("lambda_gum", 3.0), ("lambda_sim", 0.25), ("mask_lr", 0.5)])
+def test_a_flag_of_pruning_reaches_the_pruner(flag, value, monkeypatch):
+    made, real = [], train.Pruner
+    monkeypatch.setattr(train, "Pruner", lambda *args, **how: made.append(real(*args, **how))
+                        or made[-1])
+    run(f"--method gum --out run --{flag.replace('_', '-')} {value}", steps=2)
+    assert getattr(made[0], flag) == value
+
+
+def test_the_flags_defaults_are_the_papers():
+    def settings(words):
+        return vars(train.resolve(train.parse(f"--device cpu {words}".split())))
+
+    paper = dict(epochs=5.0, steps=None, batch_size=8, lr=5e-4, eps=1e-4, weight_decay=0.1,
+                 mask_lr=1e-2, lambda_mvp=2.0, lambda_gum=10.0, lambda_sim=0.99, scope="global",
+                 prune_from=0.1, prune_until=0.7, leftover=0.25)
+    gpt2 = settings("--model gpt2 --dataset wikisql --distill")
+    assert gpt2.items() >= (paper | dict(alpha_ce=0.5, alpha_kd=0.5, temperature=2.0)).items()
+    assert settings("--model gpt2 --dataset samsum")["epochs"] == 3.0
+    tiny = settings("--dataset toysql")
+    assert tiny.items() >= dict(steps=1000, epochs=None, batch_size=32, lr=5e-3, eps=1e-8).items()
+    obs = dict(scope="global", lambda_sim=0.1, prune_from=0.0, prune_until=0.1)
+    assert settings("--method obs").items() >= obs.items()
+    assert settings("--method soft").items() >= dict(mask_lr=10.0, tau=0.1).items()
+    assert train.BLOCK_SIZE == dict(stdlib=64, toysql=256, wikisql=512, e2e=512, wikitext=1024,
+                                    samsum=1024)
+
+
+@pytest.mark.parametrize("wanted", ["bfloat16", "float32"])
+def test_the_precision_asked_for_is_trained_in(wanted, monkeypatch):
+    seen, real = set(), F.gelu
+    monkeypatch.setattr(F, "gelu", lambda x, **how: seen.add((x.dtype, torch.is_grad_enabled()))
+                        or real(x, **how))
+    run(f"--method topv --dtype {wanted} --out run", steps=3)
+    assert {dtype for dtype, trains in seen if trains} == {getattr(torch, wanted)}
+
+
+def test_blocks_are_computed_twice_where_memory_is_short(monkeypatch):
+    calls, real = [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr("model.checkpoint", lambda *args, **how: calls.append(1)
+                        or real(*args, **how))
+    run("--method topv --gradient-checkpointing --out run", steps=3)
+    assert len(calls) == 3 * 2
 
 
 # Nothing is lost.
