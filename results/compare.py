@@ -40,7 +40,7 @@ def read_runs(folders):
     method. A run's `label` is its method's name and the settings in which runs by it differ."""
     runs, groups = [read_model(folder) for folder in dict.fromkeys(folders)], {}
     row_only = dict.fromkeys(NO_ROW)
-    for run in runs:
+    for n, run in enumerate(runs):
         if not run.metrics:
             raise ValueError(f"{run.path} has no metrics.json: it is no finished run of train.py")
         run.method, run.distill, run.leftover = (
@@ -54,12 +54,13 @@ def read_runs(folders):
         run.settings["data"] = run.metrics["data"]["train"]["sha256"][:8]
         run.values = run.measures.get("values") or dict(
             perplexity=run.metrics["result"]["val_perplexity"], leftover=run.metrics["leftover"])
-        for one in runs[: runs.index(run)]:
+        for one in runs[:n]:
             alike = one.settings | row_only == run.settings | row_only
-            other = [name for name in NO_ROW if one.settings.get(name) != run.settings.get(name)]
-            if alike and not {"leftover", "seed"} & {*other}:  # it is no repetition
-                but = f", but for {', '.join(other)}" * bool(other)
-                raise ValueError(f"{one.path} and {run.path} are the same run twice{but}: name one")
+            differ = [name for name in NO_ROW if one.settings.get(name) != run.settings.get(name)]
+            if alike and not {"leftover", "seed"} & {*differ}:  # it is no repetition
+                how = (f"differ only in {', '.join(differ)}, which has no row of its own" if differ
+                       else "are the same run twice")
+                raise ValueError(f"{one.path} and {run.path} {how}: name one")
     for run in sorted(runs, key=lambda run: (run.distill, list(METHODS).index(run.method))):
         alike = [other.settings for other in runs if (other.group, other.method, other.distill)
                  == (run.group, run.method, run.distill)]

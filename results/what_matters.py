@@ -403,7 +403,7 @@ def end_with_parent():
 def begin_process():
     """Begin one of the processes that make runs: it ends with the study, by Ctrl-C only if it makes
     one, and its runs share their data, for to read them takes as long as 30 steps."""
-    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGINT, lambda *_: None)  # `handling` would leave SIG_IGN as it is
     data.load = cache(data.load)
     Thread(target=end_with_parent, daemon=True).start()
 

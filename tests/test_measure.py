@@ -517,10 +517,11 @@ def test_unmeasured_runs_show_their_perplexity_and_ablations_have_rows_of_their_
 def test_a_run_made_again_in_a_way_that_changes_no_result_is_no_repetition(capsys):
     fake("a", "gum")
     fake("b", "gum", accumulate=2, device="cuda")
-    with pytest.raises(SystemExit):
-        main("table", "a", "b")
-    assert ("a and b are the same run twice, but for device, accumulate: name one"
-            in capsys.readouterr().err)
+    for other, says in (("b", "differ only in device, accumulate, which has no row of its own"),
+                        ("./a", "are the same run twice")):
+        with pytest.raises(SystemExit):
+            main("table", "a", other)
+        assert f"a and {Path(other)} {says}: name one" in capsys.readouterr().err
 
 
 def test_perplexities_of_several_precisions_are_not_compared(capsys):

@@ -419,7 +419,8 @@ def test_an_epoch_has_every_sequence_once_in_an_order_of_its_own_and_of_the_seed
 
 
 def test_the_seed_decides_the_first_weights_and_the_random_scores(monkeypatch):
-    monkeypatch.setattr(train, "batch_indices", lambda *_: [0, 1])  # but for which data come when
+    # Else the seed also decides the order of the data.
+    monkeypatch.setattr(train, "batch_indices", lambda *_: [0, 1])
     for seed in 0, 1:
         run(f"--method random --leftover 0.5 --seed {seed} --lr 1e-9 --out random{seed}")
     a, b = (GPT.from_pretrained(f"random{seed}").h[0].mlp.c_fc.weight for seed in (0, 1))
