@@ -392,16 +392,16 @@ def test_texts_are_scored_and_read_back_as_e2e_metrics_reads_them(dataset, colum
 def test_texts_are_written_with_as_many_beams_as_asked_for_and_of_the_validation_split():
     columns = "meaning_representation", "human_reference"
     for split, place in ("train", "Rome"), ("validation", "Oslo"):
-        Path("data", split).mkdir(parents=True)
+        Path("places", split).mkdir(parents=True)
         rows = [dict(zip(columns, (f"near[{place}] {n}", f"Near {place} {n} .")))
                 for n in range(4)]
-        Path("data", split, "0.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+        Path("places", split, "0.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     save("small")
     model, examples = GPT.from_pretrained("small"), data.load(
-        "e2e", "validation", 257, 64, "data", None)
+        "e2e", "validation", 257, 64, "places", None)
     for beams in 1, 3:
-        main(*"small --dataset e2e --data-path data --block-size 64 --outputs --device cpu".split(),
-             "--beams", beams)
+        main(*"small --dataset e2e --data-path places --block-size 64 --device cpu".split(),
+             "--outputs", "--beams", beams)
         assert "Near Oslo 0 ." in Path("small/references.txt").read_text()
         wanted, _ = texts.write_texts(model, examples, beams=beams)
         assert Path("small/outputs.txt").read_text() == "\n".join(wanted) + "\n"
