@@ -56,7 +56,8 @@ def read_runs(folders):
             perplexity=run.metrics["result"]["val_perplexity"], leftover=run.metrics["leftover"])
         for one in runs[:n]:
             alike = one.settings | row_only == run.settings | row_only
-            differ = [name for name in NO_ROW if one.settings.get(name) != run.settings.get(name)]
+            differ = [name for name in NO_ROW if name != "data_path"  # data are known by their hash
+                      and one.settings.get(name) != run.settings.get(name)]
             if alike and not {"leftover", "seed"} & {*differ}:  # it is no repetition
                 how = (f"differ only in {', '.join(differ)}, which has no row of its own" if differ
                        else "are the same run twice")
