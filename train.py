@@ -637,7 +637,7 @@ def main():
     except (ValueError, OSError, FloatingPointError) as error:
         fail(error)
     except Exception as error:  # torch has no exceptions of its own for these
-        if re.search(cli.LACKS, str(error)):
+        if cli.lacks_memory(error):
             fail("out of memory: try --accumulate, --gradient-checkpointing or a smaller "
                  "--block-size")
         if PROCESSES > 1:

@@ -62,7 +62,7 @@ def config_of(model):
 def why(error):
     """Why there is no number, in a few words."""
     words = " ".join(str(error).split()).replace("|", "/")  # which would end a table's cell
-    if isinstance(error, MemoryError) or re.search(cli.LACKS, words):
+    if cli.lacks_memory(error):
         return "out of memory"
     return f"failed ({type(error).__name__}: {words[:200]})"
 

@@ -192,6 +192,11 @@ def handling(handler):
             signal.signal(one, handler)
 
 
+def lacks_memory(error):
+    """Whether memory is what an exception tells of. torch has no class for it on a CPU."""
+    return isinstance(error, MemoryError) or bool(re.search(LACKS, str(error)))
+
+
 @contextmanager
 def stopping_signals():
     """A list that Ctrl-C, or what asks a job to end, fills while it is open."""
@@ -210,9 +215,9 @@ def call(command, args, parser):
         os._exit(1)
     except (ValueError, OSError) as error:
         parser.error(told(error))
-    except (MemoryError, RuntimeError) as error:  # torch's own lacks a class on a CPU
-        if not isinstance(error, MemoryError) and not re.search(LACKS, str(error)):
-            raise
-        parser.error("out of memory: " + told(error)[:200])
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if not lacks_memory(error):
+            raise
+        parser.error("out of memory: " + told(error)[:200])

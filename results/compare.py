@@ -39,7 +39,7 @@ def read_runs(folders):
     """Runs by (data set, model), in the order of a table's rows: undistilled ones first, then by
     method. A run's `label` is its method's name and the settings in which runs by it differ."""
     runs, groups = [read_model(folder) for folder in dict.fromkeys(folders)], {}
-    row_only = dict.fromkeys(NO_ROW)
+    no_row = dict.fromkeys(NO_ROW)
     for n, run in enumerate(runs):
         if not run.metrics:
             raise ValueError(f"{run.path} has no metrics.json: it is no finished run of train.py")
@@ -55,10 +55,10 @@ def read_runs(folders):
         run.values = run.measures.get("values") or dict(
             perplexity=run.metrics["result"]["val_perplexity"], leftover=run.metrics["leftover"])
         for one in runs[:n]:
-            alike = one.settings | row_only == run.settings | row_only
+            same_row = one.settings | no_row == run.settings | no_row
             differ = [name for name in NO_ROW if name != "data_path"  # data are known by their hash
                       and one.settings.get(name) != run.settings.get(name)]
-            if alike and not {"leftover", "seed"} & {*differ}:  # it is no repetition
+            if same_row and not {"leftover", "seed"} & {*differ}:  # it is no repetition
                 how = (f"differ only in {', '.join(differ)}, which has no row of its own" if differ
                        else "are the same run twice")
                 raise ValueError(f"{one.path} and {run.path} {how}: name one")

@@ -314,16 +314,11 @@ def test_reading_is_timed_without_the_logits_that_nobody_asks_for(monkeypatch):
     torch.testing.assert_close(logits[0], wanted)
 
 
-def test_epochs_set_the_steps():
+@pytest.mark.parametrize("how", ["", " --accumulate 2"])
+def test_epochs_set_the_steps(how):
     epochs = 10 / len(load_once("stdlib", "train", 257, 32, None, None))
-    flags = "--model small --block-size 32 --batch-size 2 --device cpu --out run --epochs"
+    flags = f"--model small --block-size 32 --batch-size 2 --device cpu --out run{how} --epochs"
     assert train.run(train.parse([*flags.split(), str(epochs)]))["steps"] == 5
-
-
-def test_accumulating_changes_no_number_of_steps():
-    epochs = 10 / len(load_once("stdlib", "train", 257, 32, None, None))
-    flags = "--model small --block-size 32 --batch-size 2 --device cpu --out run --accumulate 2"
-    assert train.run(train.parse([*flags.split(), "--epochs", str(epochs)]))["steps"] == 5
 
 
 @pytest.mark.parametrize("one,other", [

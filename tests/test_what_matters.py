@@ -285,9 +285,9 @@ def test_a_killed_studys_processes_end_with_it():
         time.sleep(0.1)
 
 
-IDLE = """import os, signal, time
+IDLE = """import signal, time
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import active_children, get_context
+from multiprocessing import get_context
 from results.what_matters import begin_process, stopping
 
 if __name__ == "__main__":
