@@ -117,7 +117,8 @@ def surgeon(measured, C):
 
     1 / (C^-1)_jj = min over a of E[(h_j - sum_i a_i h_i)^2] is the part of h_j that the others
     can't give, where C = E[h h^T] [k, k], and a ridge. How much the loss minds it is `measured`
-    [k], E[(dL/dh_j)^2]: to second order, with Fisher's matrix for the Hessian, as in K-FAC.
+    [k], E[(dL/dh_j)^2]: to second order, with Fisher's matrix for the Hessian, as in K-FAC. But
+    tokens do not weigh alike in C: `Pruner.add` says how.
     """
     half = torch.linalg.solve_triangular(cholesky(C), C.new_ones(len(C)).diag(), upper=False)
     return measured / half.square().sum(0)  # C^-1 = half^T half
@@ -126,7 +127,7 @@ def surgeon(measured, C):
 @exactly()
 def take_over(w2, C, kept, lost):
     """W2_kept += W2_lost a^T, in place: the columns `kept` [k] of W2 [d, m] do what they can of
-    those `lost` [l], where h_lost is about a^T h_kept by least squares, and C = E[h h^T] [m, m]."""
+    those `lost` [l], where h_lost is about a^T h_kept by least squares; C [m, m] is as above."""
     a = torch.cholesky_solve(C[kept[:, None], lost], cholesky(C[kept[:, None], kept]))  # [k, l]
     w2[:, kept] += w2[:, lost] @ a.T
 
@@ -315,31 +316,44 @@ class Pruner(nn.Module):
 
     @torch.no_grad()
     def record(self, layer, tokens, h):
-        """Add one layer's h [B, T, k'], with surgery its dL/dh, too; a pruned neuron's are 0."""
+        """Add one layer's h [B, T, k'], with surgery once its gradient is there."""
+        seen = [chosen(h.detach(), tokens)]  # [tokens, k'], held until it is popped
         if self.method.surgery:
-            h.register_hook(lambda grad: self.add_measured(layer, tokens, grad / world_size()))
-        elif self.method.measure is not None:
-            self.add_measured(layer, tokens, h)
-        if self.C:  # Algorithm 1: C <- (1 - lambda_sim) C + lambda_sim h^T h
-            C = self.C[layer]
-            if layer in self.fading:  # once a step, from however many micro-batches h comes
-                C *= 1 - self.lambda_sim
-                self.fading.remove(layer)
-            h, old = chosen(h, tokens), C[self.at(layer, 2)]  # [tokens, k'] [k, k]
-            h = h.to(C.dtype) if self.method.surgery else h  # C is to have an inverse
-            with torch.autocast(h.device.type, enabled=False):  # or h is bfloat16 again
-                # `average` takes the mean over processes, and this is to be the batch's sum.
-                new = (h.T @ h)[: len(old), : len(old)].to(C.dtype)  # [k', k'] -> [k, k]
-                C[self.at(layer, 2)] = old.add_(self.lambda_sim * world_size() * new)
+            h.register_hook(lambda grad: self.add(layer, seen.pop(),
+                                                  chosen(grad, tokens) / world_size()))
+        else:
+            self.add(layer, seen.pop())
 
     @torch.no_grad()
-    def add_measured(self, layer, tokens, values):
-        """Add what the method measures of `values` [B, T, k'], one layer's h or dL/dh."""
-        sums = self.sums[:-1].split(self.widths)[layer]  # [m]
-        old = sums[self.at(layer)]  # [k]
-        values = chosen(values, tokens)[:, : len(old)]  # [tokens, k]
-        sums[self.at(layer)] = old.add_(self.method.measure(values.to(sums.dtype)).sum(0))
-        self.sums[-1] += len(values) * (layer == 0)
+    def add(self, layer, h, grad=None):
+        """Add one layer's h, with surgery also dL/dh, [tokens, k'], to C and to what is measured.
+
+        With surgery a token weighs 1 + w / E[w] in C, since an error costs as much as w = |dL/dh|^2
+        there; without the 1 a few tokens outweigh all. E[w] is the mean of the steps so far, over
+        what has left, too; in the first step there is none, and all weigh 1.
+        """
+        if self.method.measure is not None:
+            sums = self.sums[:-1].split(self.widths)[layer]  # [m]
+            old = sums[self.at(layer)]  # [k]
+            x = h if grad is None else grad
+            values = self.method.measure(x[:, : len(old)].to(sums.dtype))  # [tokens, k]
+            sums[self.at(layer)] = old.add_(values.sum(0))
+            self.sums[-1] += len(values) * (layer == 0)
+        if not self.C:
+            return
+        C = self.C[layer]  # Algorithm 1: C <- (1 - lambda_sim) C + lambda_sim h^T h
+        if layer in self.fading:  # once a step, from however many micro-batches h comes
+            C *= 1 - self.lambda_sim
+            self.fading.remove(layer)
+        if grad is not None:
+            mean = self.measured.split(self.widths)[layer].sum()
+            cost = values.sum(1) / mean.where(mean > 0, float("inf"))  # [tokens]
+            h = h.to(C.dtype) * (1 + cost).sqrt()[:, None]  # C is to have an inverse
+        old = C[self.at(layer, 2)]  # [k, k]
+        with torch.autocast(h.device.type, enabled=False):  # or h is bfloat16 again
+            # `average` takes the mean over processes, and this is to be the batch's sum.
+            new = (h.T @ h)[: len(old), : len(old)].to(C.dtype)  # [k', k'] -> [k, k]
+            C[self.at(layer, 2)] = old.add_(self.lambda_sim * world_size() * new)
 
     def average(self):
         """Put together what several processes have seen, each of its own tokens: sums, and the mean
@@ -364,7 +378,8 @@ class Pruner(nn.Module):
         """End `step`, before the optimizer's: the scores get their gradient (eq. 1 and 4)."""
         if self.recorded:
             self.average()
-            self.measured.lerp_(self.sums[:-1] / self.sums[-1].clamp(min=1), self.lambda_sim)
+            new = self.sums[:-1] / self.sums[-1].clamp(min=1)
+            self.measured.lerp_(new, self.lambda_sim if step > 1 else 1.0)
             self.sums.zero_()
         if not self.method.learned:
             return

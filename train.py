@@ -19,7 +19,6 @@ import traceback
 import zipfile
 import zlib
 from contextlib import nullcontext, suppress
-from datetime import timedelta
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -610,25 +609,13 @@ def resolve(flags):
     return args
 
 
-def join_processes(flags):
-    """Be one of the processes that torchrun launched, on a GPU of its own, or the CPU."""
-    device, gpus = flags.device or cli.best_device(), torch.cuda.device_count()
-    if device == "cuda" and int(os.environ["LOCAL_RANK"]) < gpus:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
-    elif device != "cpu":
-        raise ValueError(f"--device {device} with torchrun: it is cpu, or cuda with a GPU for each "
-                         f"process, not {gpus} in all")
-    dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
-                            timeout=timedelta(hours=1))
-
-
 def main():
     flags = parse()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     cli.compute_fast(flags.device or cli.best_device())
     try:
         if PROCESSES > 1:
-            join_processes(flags)
+            cli.join_processes(flags.device)
         metrics = run(flags)
         if PROCESS == 0:
             report(metrics, resolve(flags).out)

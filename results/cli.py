@@ -9,6 +9,7 @@ import runpy
 import signal
 import sys
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import MagicMock
@@ -129,6 +130,21 @@ def best_device():
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def join_processes(device):
+    """Be one of the processes that torchrun launched, on a GPU of its own, or the CPU; `device` is
+    --device or None. ValueError if there are too few GPUs."""
+    import torch
+
+    device, gpus = device or best_device(), torch.cuda.device_count()
+    if device == "cuda" and int(os.environ["LOCAL_RANK"]) < gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
+    elif device != "cpu":
+        raise ValueError(f"--device {device} with torchrun: it is cpu, or cuda with a GPU for each "
+                         f"process, not {gpus} in all")
+    torch.distributed.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
+                                         timeout=timedelta(hours=1))
 
 
 def compute_fast(device):

@@ -256,6 +256,7 @@ def reference(method, batches, leftover=0.25, scope=None, weight_decay=0.1, labe
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0, fused=False)
     Cs = [torch.zeros(m, m, dtype=torch.float64) for m in WIDTHS]
     square = torch.zeros(N, dtype=torch.float64)  # the running mean of h_j^2, or of (dL/dh_j)^2
+    mean_costs = [None] * len(WIDTHS)  # those of |dL/dh|^2
     seen_so_far = [torch.zeros(0, m, dtype=torch.float64) for m in WIDTHS]  # h, older ones fading
     here = [list(range(m)) for m in WIDTHS]  # what is not gone
     run = SimpleNamespace(model=model, kept=[], losses=[], norms=[])
@@ -291,16 +292,26 @@ def reference(method, batches, leftover=0.25, scope=None, weight_decay=0.1, labe
             whole, = data.micro_batches(batch, "cpu", sim_tokens=sim_tokens, seed=t)
             seen = whole.similar
         hs = [mlp.h.detach().flatten(0, 1)[seen] for mlp in mlps]  # [tokens, m] each
+        weights = [torch.ones_like(h[:, 0]) for h in hs]  # [tokens] each
         if method != "obs" or c_t > 0:
-            Cs = [(1 - lambda_sim) * C + lambda_sim * h.T @ h for C, h in zip(Cs, hs)]
             fresh = torch.cat(hs, 1)  # [tokens, N]
             if method == "obs":
                 slopes = torch.autograd.grad(loss, [mlp.h for mlp in mlps], retain_graph=True)
-                fresh = torch.cat(slopes, 2).flatten(0, 1)[seen]
-                seen_so_far = [torch.cat([math.sqrt(1 - lambda_sim) * D, math.sqrt(lambda_sim) * h])
-                               for D, h in zip(seen_so_far, hs)]
-                fresh = fresh * torch.cat(masks)  # a pruned one's counts as 0
-            square = (1 - lambda_sim) * square + lambda_sim * fresh.square().mean(0)
+                slopes = [g.flatten(0, 1)[seen] * mask for g, mask in zip(slopes, masks)]
+                fresh = torch.cat(slopes, 1)
+                costs = [g.norm(dim=1)**2 for g in slopes]  # [tokens] each
+                if t > 1:
+                    weights = [1 + cost / mean for cost, mean in zip(costs, mean_costs)]
+                mean_costs = [cost.mean() if t == 1 else
+                              (1 - lambda_sim) * mean + lambda_sim * cost.mean()
+                              for cost, mean in zip(costs, mean_costs)]
+                rows = [(lambda_sim * weight)[:, None].sqrt() * h for weight, h in zip(weights, hs)]
+                seen_so_far = [torch.cat([math.sqrt(1 - lambda_sim) * D, new])
+                               for D, new in zip(seen_so_far, rows)]
+            fresh = fresh.square().mean(0)
+            square = (1 - lambda_sim) * square + lambda_sim * fresh if t > 1 else fresh
+            Cs = [(1 - lambda_sim) * C + lambda_sim * torch.einsum("t,ti,tj->ij", weight, h, h)
+                  for C, weight, h in zip(Cs, weights, hs)]
         if learned:
             scale = c_t * (1 - leftover) / leftover + 1  # v_t / v
             scale = 1 - c_t if method == "soft" else scale  # tau_t / tau
@@ -461,13 +472,49 @@ def test_few_steps_leave_what_they_should(steps):
 
 
 def test_the_surgeons_C_is_exact_where_products_are_in_bfloat16():
-    run, h = begin("obs", 10, model=make_model(torch.float32)), torch.randn(1, 50, 16)
+    run, (h, grad) = begin("obs", 10, model=make_model(torch.float32)), torch.randn(2, 1, 50, 16)
+    run.pruner.measured[:] = 0.5
     run.pruner.select(1)
-    h = h.bfloat16().requires_grad_()
+    h, grad = h.bfloat16().requires_grad_(), grad.bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         run.pruner.record(0, None, h)
-    exact = h[0].double().T @ h[0].double()
-    torch.testing.assert_close(run.pruner.C[0].double(), 0.1 * exact, rtol=0, atol=1e-5)
+        h.backward(grad)
+    weights = 1 + grad[0].double().square().sum(1) / 8
+    exact = h[0].detach().double().T @ (weights[:, None] * h[0].detach().double())
+    torch.testing.assert_close(run.pruner.C[0].double(), 0.1 * exact, rtol=0, atol=1e-4)
+    assert exact.abs().max() > 100
+
+
+def test_all_tokens_weigh_alike_where_no_error_costs_anything():
+    run = begin("obs", 10, 1.0, prune_until=0.9)
+    x = torch.randn(1, 50, 16, dtype=torch.float64, requires_grad=True)
+    for step in 1, 2:
+        run.pruner.select(step)
+        h = x * 1
+        run.pruner.record(0, None, h)
+        (h * 0).sum().backward()
+        run.pruner.update(step)
+    exact = x[0].detach().T @ x[0].detach()
+    torch.testing.assert_close(run.pruner.C[0].data, (0.9 * 0.1 + 0.1) * exact)
+
+
+def test_what_a_layer_computes_is_held_until_its_gradient_is_there_and_no_longer(monkeypatch):
+    held, real = [], prune.chosen
+
+    def watched(values, tokens):
+        rows = real(values, tokens)
+        held.append(weakref.ref(rows))
+        return rows
+
+    monkeypatch.setattr(prune, "chosen", watched)
+    run = begin("obs", 10)
+    run.pruner.select(1)
+    h = torch.randn(1, 50, 16, dtype=torch.float64, requires_grad=True) * 1
+    run.pruner.record(0, None, h)
+    loss = h.sum()
+    assert held[0]() is not None
+    loss.backward()
+    assert [rows() for rows in held] == [None, None] and run.pruner.C[0].any()
 
 
 def test_the_weights_of_an_emptied_layer_still_decay_and_move_on():
@@ -749,7 +796,7 @@ def test_similarity_of_bfloat16_activations_is_summed_up_in_float32():
 def test_what_is_measured_of_bfloat16_activations_is_summed_up_in_float32():
     model = GPT(GPTConfig(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2))
     pruner, h = prune.Pruner(model, "obs", 0.5, 10), torch.randn(1, 500, 32).bfloat16()
-    pruner.add_measured(0, None, h)
+    pruner.add(0, torch.zeros_like(h[0]), h[0])
     torch.testing.assert_close(pruner.sums[:-1].double(), h[0].double().square().sum(0),
                                rtol=1e-5, atol=0)
 

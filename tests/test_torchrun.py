@@ -15,6 +15,7 @@ import torch
 import data
 import train
 from prune import METHODS, Method, Pruner
+from results import cli
 from test_train import (STEP, Killed, assert_same_weights, die, hook, in_double, load_once,
                         save_small)
 
@@ -28,6 +29,7 @@ WANDA = Method("Wanda", "weights times activations", measure=torch.square,
 RUNS = {  # what two processes make, and the run of one that is the same
     **{run: run for run in (*METHODS, "wanda", "gum --lambda-gum 0",
                             "topv --distill --teacher small")},
+    **{f"obs --prune-until 0.7{cut}": "obs --prune-until 0.7" for cut in ("", " --accumulate 2")},
     "topv --gradient-checkpointing": "topv", "wanda --accumulate 2": "wanda",
     **{run + cut: run for run in ("gum", "gum --distill --teacher small", "gum --sim-tokens 64")
        for cut in ("", " --accumulate 2", " --accumulate 4")}}
@@ -160,14 +162,14 @@ if __name__ == "__main__":  # one of the processes that torchrun launches
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, to those left: let them say why
     patch = pytest.MonkeyPatch()
     kept = prepare(patch)
-    train.join_processes(train.parse(FLAGS.split()))
+    cli.join_processes(train.parse(FLAGS.split()).device)
     victim, *runs, last = sys.argv[1:]
     for run in runs:
         make(run, kept, run)
     hook(patch, *STEP, DEATH, None, lambda _: interrupt(victim))
     if victim == "stop":
         patch.setattr(train, "save", slowly(train.save))
-    train.join_processes = lambda _: None  # it has
+    cli.join_processes = lambda _: None  # it has
     sys.argv = ["train.py", *FLAGS.split(), "--method", *last.split()]
     try:
         train.main()

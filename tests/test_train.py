@@ -325,8 +325,10 @@ def test_epochs_set_the_steps(how):
     ("none", "none --accumulate 4"), ("gum", "gum --accumulate 4"),
     ("gum --sim-tokens 8", "gum --sim-tokens 8 --accumulate 2"),
     ("topv --distill --teacher small", "topv --distill --teacher small --accumulate 2"),
-    ("topv", "topv --gradient-checkpointing"), ("gum", "gum --compile"), ("obs", "obs --compile"),
+    ("topv", "topv --gradient-checkpointing"), ("gum", "gum --compile"),
     ("gum", "gum --gradient-checkpointing --accumulate 2"),
+    ("obs --prune-until 0.7", "obs --prune-until 0.7 --compile"),
+    ("obs --prune-until 0.7", "obs --prune-until 0.7 --gradient-checkpointing --accumulate 2"),
     ("topv", f"topv {UNTAUGHT}"), ("gum", f"gum {UNTAUGHT} --lambda-gum 10"),
     *(("none", f"{method} --leftover 1") for method in PRUNING)])
 def test_two_ways_to_the_same_weights(one, other, monkeypatch):
