@@ -404,15 +404,20 @@ def distillation_loss(logits, taught, temperature):
     return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="sum")
 
 
-def token_loss(logits, targets, taught, how):
+def token_loss(logits, targets, taught, V, how):
     """Cross-entropy, or with a teacher alpha_ce CE + alpha_kd T^2 KL, in nats, the sum over the n
-    tokens of `logits` [n, V], `targets` [n] and `taught` [n, V] or None. `how` has label_smoothing,
-    and for a teacher alpha_ce, alpha_kd and temperature.
+    tokens of `targets` [n] and the first V columns of `logits` and `taught` [n, V'], in float32 at
+    least. `how` has label_smoothing, and unless `taught` is None alpha_ce, alpha_kd, temperature.
     """
+    def exact(x):  # [n, V'] -> [n, V]; compiled, it is never written
+        return (x[:, :V] if x.size(1) > V else x).to(torch.promote_types(x.dtype, torch.float32))
+
+    logits = exact(logits)
     loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=how.label_smoothing)
-    if taught is None:
-        return loss
-    return how.alpha_ce * loss + how.alpha_kd * distillation_loss(logits, taught, how.temperature)
+    if taught is not None:
+        kl = distillation_loss(logits, exact(taught), how.temperature)
+        loss = how.alpha_ce * loss + how.alpha_kd * kl
+    return loss
 
 
 @cache
@@ -425,26 +430,25 @@ class HeadLoss(torch.autograd.Function):
     holding all logits [n, V]: with a vocabulary of 50,257 they would take most of the memory.
 
     Gradients are taken here, some tokens at a time, and only scaled in the backward pass. On a GPU
-    the head gets rows of zeros up to V', a multiple of 64, and their logits are left out again.
-    `teacher`: None, or its final hidden states [n, d'] and head [V, d']. Products are in the
-    autocast dtype, the loss in float32 at least, compiled if `how.compile`.
+    the head gets rows of zeros up to V', a multiple of 64. `teacher`: None, or its final hidden
+    states [n, d'] and head [V, d']. Products are in the autocast dtype; the loss is compiled if
+    `how.compile`.
     """
 
     @staticmethod
     def forward(ctx, x, head, targets, teacher, how):
-        dtype, device = head.dtype, x.device.type
+        dtype, device, V = head.dtype, x.device.type, len(head)
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        exact, V = torch.promote_types(dtype, torch.float32), len(head)
         # Tokens at a time: 0.25 GB of float32 logits; their gradient takes five times that, with a
-        # teacher nine. On a CPU 32 MiB: larger blocks go back to the system after use.
+        # teacher ten. On a CPU 32 MiB: larger blocks go back to the system after use.
         rows = max(128, 2 ** (26 if x.is_cuda else 23) // V // 128 * 128)
         extra = -V % ALIGNED.get(device, 1)
 
         def aligned(head):  # [V, d] -> [V', d]
             return F.pad(head.to(dtype), (0, 0, 0, extra)) if extra else head.to(dtype)
 
-        low, total = aligned(head), torch.zeros((), dtype=exact, device=x.device)
+        low, total = aligned(head), x.new_zeros(())
         grad_x, grad_head = torch.empty_like(x), torch.zeros_like(low, dtype=head.dtype)
         if teacher is not None:
             taught_x, taught_head = teacher[0].to(dtype), aligned(teacher[1])
@@ -452,13 +456,12 @@ class HeadLoss(torch.autograd.Function):
         for start in range(0, len(x), rows):
             at, taught = slice(start, start + rows), None
             features = x[at].to(dtype)  # [rows, d]
-            logits = (features @ low.T)[:, :V].to(exact).requires_grad_()  # [rows, V]
+            logits = (features @ low.T).requires_grad_()  # [rows, V']
             if teacher is not None:
-                taught = (taught_x[at] @ taught_head.T)[:, :V].to(exact)  # [rows, V]
+                taught = taught_x[at] @ taught_head.T  # [rows, V']
             with torch.enable_grad():
-                loss = loss_of(logits, targets[at], taught, how)
-            grad = torch.autograd.grad(loss, logits)[0].to(dtype)  # [rows, V]
-            grad = F.pad(grad, (0, extra)) if extra else grad  # [rows, V']
+                loss = loss_of(logits, targets[at], taught, V, how)
+            grad = torch.autograd.grad(loss, logits)[0]  # [rows, V']
             total += loss.detach()
             del logits, loss, taught  # freed before the next ones are made
             grad_x[at] = grad @ low

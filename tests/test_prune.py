@@ -882,16 +882,33 @@ def test_compiled_layers_share_their_graphs(method, monkeypatch):
     assert 0 < counts[1] < counts[0] + 3
 
 
-def test_the_loss_that_is_compiled_is_the_same():
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = torch.randn(2, 7, 11, dtype=torch.float64, generator=generator)
-    targets, losses, gradients = torch.arange(7), [], []
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-11), (torch.bfloat16, 0.01)])
+def test_the_loss_that_is_compiled_is_the_same(dtype, tolerance):
+    # Compiled, it is to read and write logits once, in their own dtype and at their full width.
+    generator, V = torch.Generator().manual_seed(0), 11
+    student, teacher = torch.randn(2, 7, V + 5, dtype=torch.float64, generator=generator).to(dtype)
+    targets, head = torch.arange(7), torch.eye(V, dtype=torch.float64)  # leaves logits as they are
+    taught = teacher[:, :V].double(), head
+    wanted, wanted_grad, _ = plain_loss(student[:, :V].double(), head, targets, taught)
     for function in prune.token_loss, prune.compiled(prune.token_loss):
         leaf = student.clone().requires_grad_()
-        losses.append(function(leaf, targets, teacher, HOW))
-        gradients.append(*torch.autograd.grad(losses[-1], leaf))
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=0)
-    torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-14)
+        loss = function(leaf, targets, teacher, V, HOW)
+        grad, = torch.autograd.grad(loss, leaf)
+        assert loss.dtype == torch.promote_types(dtype, torch.float32) and grad.dtype == dtype
+        assert loss.item() == pytest.approx(wanted.item(), rel=min(tolerance, 1e-5))
+        torch.testing.assert_close(grad[:, :V].double(), wanted_grad, rtol=tolerance, atol=1e-14)
+        assert grad.shape == leaf.shape and not grad[:, V:].any()
+
+
+def test_the_compiled_loss_keeps_nothing_of_the_logits_size_but_themselves():
+    # In float32 they, and what is kept for the gradient, would be written and read again.
+    logits, kept = torch.randn(128, 1027).bfloat16().requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        how = SimpleNamespace(**vars(HOW) | dict(label_smoothing=0.0))
+        loss = prune.compiled(prune.token_loss)(logits, torch.arange(128), None, 1021, how)
+    assert loss.isfinite()
+    large = [x for x in kept if x.numel() >= 128 * 1021]
+    assert [x.dtype for x in large] == [torch.bfloat16] and large[0].shape == logits.shape
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.5])
