@@ -407,7 +407,7 @@ def distillation_loss(logits, taught, temperature):
 def token_loss(logits, targets, taught, V, how):
     """Cross-entropy, or with a teacher alpha_ce CE + alpha_kd T^2 KL, in nats, the sum over the n
     tokens of `targets` [n] and the first V columns of `logits` and `taught` [n, V'], in float32 at
-    least. `how` has label_smoothing, and unless `taught` is None alpha_ce, alpha_kd, temperature.
+    least. `how` has label_smoothing, and for a teacher alpha_ce, alpha_kd, temperature.
     """
     def exact(x):  # [n, V'] -> [n, V]; compiled, it is never written
         return (x[:, :V] if x.size(1) > V else x).to(torch.promote_types(x.dtype, torch.float32))
@@ -422,12 +422,13 @@ def token_loss(logits, targets, taught, V, how):
 
 @cache
 def compiled(function):
-    return torch.compile(function, dynamic=True)
+    # Not dynamic=True: a varying V is a slow divisor.
+    return torch.compile(function)
 
 
 class HeadLoss(torch.autograd.Function):
     """`token_loss` of final hidden states `x` [n, d] under the output head [V, d], without ever
-    holding all logits [n, V]: with a vocabulary of 50,257 they would take most of the memory.
+    holding all logits [n, V], which would take most of the memory.
 
     Gradients are taken here, some tokens at a time, and only scaled in the backward pass. On a GPU
     the head gets rows of zeros up to V', a multiple of 64. `teacher`: None, or its final hidden

@@ -876,7 +876,8 @@ def test_compiled_layers_share_their_graphs(method, monkeypatch):
         trained(method, make_batches(30), model=model)
         found = torch._dynamo.utils.counters
         counts.append(found["stats"]["unique_graphs"])
-        assert all("disable" in reason for reason in found["graph_break"])
+        # Only there; older releases of torch do not say why.
+        assert all("disable" in reason or "MLP.tell" in reason for reason in found["graph_break"])
     torch._dynamo.reset()
     # A width of 1 has graphs of its own, and here or there a layer comes to it.
     assert 0 < counts[1] < counts[0] + 3
@@ -898,6 +899,26 @@ def test_the_loss_that_is_compiled_is_the_same(dtype, tolerance):
         assert loss.item() == pytest.approx(wanted.item(), rel=min(tolerance, 1e-5))
         torch.testing.assert_close(grad[:, :V].double(), wanted_grad, rtol=tolerance, atol=1e-14)
         assert grad.shape == leaf.shape and not grad[:, V:].any()
+
+
+def test_the_compiled_loss_serves_any_number_of_tokens(monkeypatch):
+    # Of all sizes that alone varies: V, by which places are divided, is faster as a constant.
+    real, shapes = torch.compile, []
+
+    def backend(graph, inputs):
+        values = (node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder"))
+        shapes.append([size for x in values if isinstance(x, torch.Tensor) for size in x.shape])
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile",
+                        lambda function, **how: real(function, backend=backend, **how))
+    torch._dynamo.reset()
+    function = prune.compiled.__wrapped__(prune.token_loss)
+    for n in 5, 7, 9, 11:
+        function(torch.randn(n, 16), torch.arange(n), torch.randn(n, 16), 13, HOW)
+    torch._dynamo.reset()
+    assert len(shapes) == 2 and shapes[0] == [5, 16, 5, 5, 16]
+    assert [type(size) is int for size in shapes[1]] == [False, True, False, False, True]
 
 
 def test_the_compiled_loss_keeps_nothing_of_the_logits_size_but_themselves():
