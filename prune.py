@@ -463,8 +463,8 @@ class HeadLoss(torch.autograd.Function):
             with torch.enable_grad():
                 loss = loss_of(logits, targets[at], taught, V, how)
             grad = torch.autograd.grad(loss, logits)[0]  # [rows, V']
-            total += loss.detach()
-            del logits, loss, taught  # freed before the next ones are made
+            total = total + loss.detach()
+            del logits, loss, taught  # freed before the next are made
             grad_x[at] = grad @ low
             if dtype == head.dtype:  # adds in place: [V, d] is large enough to show in the time
                 grad_head.addmm_(grad.T, features)

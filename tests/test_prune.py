@@ -945,10 +945,11 @@ def test_distillation_is_the_divergence_from_teacher_to_student(temperature):
     assert abs(prune.distillation_loss(student, student.clone(), temperature)) < 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # the model's
 @pytest.mark.parametrize("taught, share", [(False, 1.0), (True, 0.3)])
-def test_in_bfloat16_the_loss_is_not_rounded(taught, share):
+def test_in_bfloat16_the_loss_is_not_rounded(taught, share, dtype):
     # All logits are 0, which is exact, and log(257) is not: bfloat16 has 8 bits.
-    x, head = torch.ones(300, 1), torch.zeros(257, 1, requires_grad=True)
+    x, head = torch.ones(300, 1, dtype=dtype), torch.zeros(257, 1, dtype=dtype, requires_grad=True)
     how = SimpleNamespace(**vars(HOW) | dict(label_smoothing=0.0))
     with torch.autocast("cpu", torch.bfloat16):
         loss = HeadLoss.apply(x, head, torch.zeros(300, dtype=torch.long),
