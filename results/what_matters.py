@@ -59,6 +59,7 @@ MAGNITUDE, SOFT, OBS = (dict(method=name) for name in ("magnitude", "soft", "obs
 FROM_SCRATCH = dict(batch_size=32, lr=5e-3, eps=1e-8)  # as `tiny` has it
 OTHER_SHAPE = "6x192"  # 6 layers of width 192, 4,608 MLP neurons
 OF_E2E = "-e2e"  # dense0, fine-tuned on it, at the rate that is best in STEPS
+TWICE = "copies-2-seed0"  # dense0 with every neuron twice, 4,096 in all
 GLOBAL, EARLY = TOP_V | dict(scope="global"), GUM | dict(prune_until=0.3)
 METHODS = {"Magnitude": MAGNITUDE, "Random": RANDOM, "Top_v": TOP_V, "Soft movement": SOFT,
            "Global Top_v": GLOBAL, "GUM": GUM, "OBS": OBS}
@@ -110,9 +111,12 @@ class Study:
         return row
 
     def dense(self, which=0):
-        """The folder of a dense model: of `tiny`, well trained from this seed, of OTHER_SHAPE, or
-        OF_E2E; of a Hub's model fine-tuned. It is kept, for others start from it or learn from it.
-        """
+        """The folder of a dense model: of `tiny`, well trained from this seed, of OTHER_SHAPE,
+        OF_E2E, or TWICE; of a Hub's model fine-tuned. It is kept, for others start from it or learn
+        from it."""
+        if which == TWICE:
+            self.dense()  # of which `new_model` makes it
+            return str(self.folder / TWICE)
         name = "dense" if self.tiny else f"{Path(self.args.model).name}-dense"
         folder = str(self.folder / f"{name}{which}")
         how = dict(steps=DENSE_STEPS, seed=which) if self.tiny else self.start() | dict(seed=which)
@@ -274,6 +278,28 @@ class Study:
                     for share in (0.01, 0.1, 0.5, 0.99)}},
             tuple((("GUM", share), ("GUM", "0.99")) for share in ("0.01", "0.1", "0.5")))
         if self.tiny:
+            # 205 neurons, as 10 % of one each; and 2,048, as many as the dense model has.
+            once, few, half = columns = "205 of 2,048", "205 of 4,096", "2,048 of 4,096"
+            left = dict(zip(columns[1:], (0.05, 0.5)))
+            yield "twice", Question("Every neuron twice", {
+                name: {once: self.run(how)} | {
+                    column: self.run(how, leftover=leftover, dense=TWICE)
+                    for column, leftover in left.items()} for name, how in MAIN.items()}
+                | {"Dense, not pruned": {half: self.run(DENSE)}},
+                (*(((name, few), (name, once)) for name in MAIN),
+                 *(((name, half), ("Dense, not pruned", half)) for name in MAIN), *PAIRS))
+            yield "uniqueness-twice", Question("The weight of uniqueness, every neuron twice", {
+                column: {f"{weight:g}": self.run(GUM if weight else GLOBAL, lambda_gum=weight,
+                                                 leftover=leftover, dense=TWICE)
+                         for weight in (0.0, 1.0, 10.0, 100.0)}
+                for column, leftover in left.items()} | {
+                # Uniqueness adds to the penalty: what does as much of it do alone?
+                f"{few}, λ_mvp {penalty:g}": {"0": self.run(
+                    GLOBAL, lambda_mvp=penalty, leftover=left[few], dense=TWICE)}
+                for penalty in (4.0, 8.0)},
+                (*(((column, weight), (column, "0")) for column in left
+                   for weight in ("1", "10", "100")),
+                 *(((few, "10"), (f"{few}, λ_mvp {penalty}", "0")) for penalty in (4, 8))))
             yield "scratch", Question("From scratch, for as long as all training before, at 10 %", {
                 "GUM": {"as GUM": self.run(GUM)}, "From scratch": {"as GUM": self.as_gum(
                     DENSE | FROM_SCRATCH | dict(new="scratch", steps=DENSE_STEPS + STEPS))}},
@@ -340,23 +366,41 @@ def write_rows(rows):
 
 def new_model(path):
     """Make the folder of a model that no training has: `neurons-W,W,..-seedN`, dense0 with new MLPs
-    of these widths; `scratch-..`, all of it new; `new-LxD-seedN`, L new layers of width D. It
-    appears whole or not at all."""
+    of these widths; `scratch-..`, all of it new; `new-LxD-seedN`, L new layers of width D;
+    `copies-N-seedN`, which computes what dense0 does, with every neuron N times. It appears whole
+    or not at all."""
     kind, how, seed = path.name.split("-")
     torch.manual_seed(int(seed.removeprefix("seed")))
     old = GPT.from_pretrained(path.parent / "dense0")
     if kind == "new":
         layers, width = map(int, how.split("x"))
         shape = dict(n_layer=layers, n_embd=width, n_head=width // 32, mlp_widths=(), windows=())
+    elif kind == "copies":
+        shape = dict(mlp_widths=tuple(int(how) * m for m in old.config.mlp_widths))
     else:
         shape = dict(mlp_widths=tuple(map(int, how.split(","))))
     model = GPT(GPTConfig(**vars(old.config) | shape))
     if kind == "neurons":
         kept = {name: value for name, value in old.state_dict().items() if ".mlp." not in name}
         model.load_state_dict(kept, strict=False)
+    if kind == "copies":
+        model.load_state_dict(copied(old.state_dict(), int(how)))
     with TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as beside:
         model.save_pretrained(Path(beside, "model"))
         Path(beside, "model").rename(path)
+
+
+def copied(weights, copies):
+    """The weights {name: tensor} of a model that computes the same, each of its MLP neurons there
+    `copies` times: all read the same, and write random shares, two a quarter or more."""
+    weights = dict(weights)
+    for name, value in weights.items():
+        if ".mlp.c_fc." in name:
+            weights[name] = torch.cat([value] * copies)  # [m, d] -> [n m, d], or [m] -> [n m]
+        if name.endswith(".mlp.c_proj.weight"):
+            shares = 0.5 + torch.rand(copies, value.size(1))  # [n, m]
+            weights[name] = torch.cat([*(value * (shares / shares.sum(0))[:, None])], 1)  # [d, n m]
+    return weights
 
 
 def split_of(args, config, split):
@@ -460,7 +504,8 @@ def taken_by(flags, folder):
     """{model that a run takes from `folder`: the dense model for that, itself or what a new one is
     made of}."""
     paths = map(Path, filter(None, (flags.get("model"), flags.get("teacher"))))
-    return {path: folder / "dense0" if re.match("neurons-|scratch-|new-", path.name) else path
+    new = re.compile("(neurons|scratch|new|copies)-")
+    return {path: folder / "dense0" if new.match(path.name) else path
             for path in paths if path.parent == folder}
 
 
@@ -812,7 +857,7 @@ def report(args):
     at_10 = [*{(row["loss"], row["widths"]): row for row in at_10}.values()]
     if at_10 and study.tiny:
         parts["predictors"] = predictors(at_10)
-    for name in ("methods", "methods-distilled", "where"):
+    for name in ("methods", "methods-distilled", "where", "twice"):
         if name in parts:
             parts[f"measures-{name}"] = "\n\n".join(
                 f"{measure.MEASURES[value]}:\n\n{table_of(study, questions[name], value)}"

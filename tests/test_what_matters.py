@@ -107,7 +107,7 @@ def test_every_run_is_made_once_after_those_that_it_depends_on(made, capsys):
     assert len(commands) == len(made)
     assert {path.name.rsplit("-seed")[0] for path in Path("out").iterdir()} == {
         ".lock", "dense0", "dense1", "dense2", "neurons-100,50,30,25", "scratch-100,50,30,25",
-        "dense6x192", "new-6x192", "dense-e2e"}
+        "dense6x192", "new-6x192", "dense-e2e", "copies-2"}
 
 
 def test_tables_are_made_with_what_the_tuning_runs_have_chosen(made):
@@ -423,6 +423,22 @@ def test_new_models_have_the_widths_and_what_is_not_new_of_the_dense_one():
     new = GPT.from_pretrained("new-3x64-seed0")
     assert new.config.mlp_widths == (256,) * 3 and new.wte.weight.shape == (257, 64)
     assert new.config.n_head == 2
+
+
+def test_a_model_with_every_neuron_twice_computes_the_same():
+    save_small("dense0")
+    study.new_model(Path("copies-2-seed0"))
+    old, new = (GPT.from_pretrained(one).double() for one in ("dense0", "copies-2-seed0"))
+    assert new.config.mlp_widths == tuple(2 * m for m in old.config.mlp_widths)
+    idx = torch.arange(40).view(2, 20)
+    torch.testing.assert_close(new(idx)[0], old(idx)[0], rtol=0, atol=1e-6)  # weights are float32
+    for here, there in zip(new.h, old.h):
+        one, other = here.mlp.c_proj.weight.chunk(2, dim=1)  # [d, m]
+        share = (one / there.mlp.c_proj.weight).mean(0)
+        assert share.min() >= 0.25 and share.max() <= 0.75 and share.std() > 0.05
+        torch.testing.assert_close(one, share * there.mlp.c_proj.weight)
+        for a, b in zip(here.mlp.c_fc.weight.chunk(2), here.mlp.c_fc.bias.chunk(2)):
+            assert torch.equal(a, there.mlp.c_fc.weight) and torch.equal(b, there.mlp.c_fc.bias)
 
 
 # What it says.
