@@ -279,8 +279,8 @@ class Study:
             tuple((("GUM", share), ("GUM", "0.99")) for share in ("0.01", "0.1", "0.5")))
         if self.tiny:
             # 205 neurons, as 10 % of one each; and 2,048, as many as the dense model has.
-            once, few, half = columns = "205 of 2,048", "205 of 4,096", "2,048 of 4,096"
-            left = dict(zip(columns[1:], (0.05, 0.5)))
+            once, few, half = "205 of 2,048", "205 of 4,096", "2,048 of 4,096"
+            left = {few: 0.05, half: 0.5}
             yield "twice", Question("Every neuron twice", {
                 name: {once: self.run(how)} | {
                     column: self.run(how, leftover=leftover, dense=TWICE)
@@ -294,12 +294,13 @@ class Study:
                          for weight in (0.0, 1.0, 10.0, 100.0)}
                 for column, leftover in left.items()} | {
                 # Uniqueness adds to the penalty: what does as much of it do alone?
-                f"{few}, λ_mvp {penalty:g}": {"0": self.run(
-                    GLOBAL, lambda_mvp=penalty, leftover=left[few], dense=TWICE)}
-                for penalty in (4.0, 8.0)},
+                f"{few}, λ_mvp {penalty}": {"0": self.run(
+                    GLOBAL, lambda_mvp=float(penalty), leftover=left[few], dense=TWICE)}
+                for penalty in (4, 8, 16)},
                 (*(((column, weight), (column, "0")) for column in left
                    for weight in ("1", "10", "100")),
-                 *(((few, "10"), (f"{few}, λ_mvp {penalty}", "0")) for penalty in (4, 8))))
+                 *(((f"{few}, λ_mvp {penalty}", "0"), (few, "0")) for penalty in (4, 8, 16)),
+                 *(((few, "10"), (f"{few}, λ_mvp {penalty}", "0")) for penalty in (4, 8, 16))))
             yield "scratch", Question("From scratch, for as long as all training before, at 10 %", {
                 "GUM": {"as GUM": self.run(GUM)}, "From scratch": {"as GUM": self.as_gum(
                     DENSE | FROM_SCRATCH | dict(new="scratch", steps=DENSE_STEPS + STEPS))}},
@@ -391,15 +392,17 @@ def new_model(path):
 
 
 def copied(weights, copies):
-    """The weights {name: tensor} of a model that computes the same, each of its MLP neurons there
-    `copies` times: all read the same, and write random shares, two a quarter or more."""
+    """The weights {name: tensor} of a model that computes the same, with every MLP neuron `copies`
+    times: c_fc is the same, c_proj is split into random shares, of two each a quarter or more. If
+    they were equal, so would be their gradients for ever."""
     weights = dict(weights)
     for name, value in weights.items():
         if ".mlp.c_fc." in name:
             weights[name] = torch.cat([value] * copies)  # [m, d] -> [n m, d], or [m] -> [n m]
         if name.endswith(".mlp.c_proj.weight"):
-            shares = 0.5 + torch.rand(copies, value.size(1))  # [n, m]
-            weights[name] = torch.cat([*(value * (shares / shares.sum(0))[:, None])], 1)  # [d, n m]
+            shares = 0.5 + torch.rand(copies, value.size(1))
+            shares /= shares.sum(0)  # [n, m]
+            weights[name] = torch.cat([value * share for share in shares], 1)  # [d, n m]
     return weights
 
 
@@ -857,7 +860,7 @@ def report(args):
     at_10 = [*{(row["loss"], row["widths"]): row for row in at_10}.values()]
     if at_10 and study.tiny:
         parts["predictors"] = predictors(at_10)
-    for name in ("methods", "methods-distilled", "where", "twice"):
+    for name in ("methods", "methods-distilled", "where", "twice", "uniqueness-twice"):
         if name in parts:
             parts[f"measures-{name}"] = "\n\n".join(
                 f"{measure.MEASURES[value]}:\n\n{table_of(study, questions[name], value)}"

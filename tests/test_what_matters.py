@@ -425,20 +425,31 @@ def test_new_models_have_the_widths_and_what_is_not_new_of_the_dense_one():
     assert new.config.n_head == 2
 
 
-def test_a_model_with_every_neuron_twice_computes_the_same():
+@pytest.mark.parametrize("copies", [2, 3])
+def test_a_model_with_copies_of_every_neuron_computes_the_same(copies):
     save_small("dense0")
-    study.new_model(Path("copies-2-seed0"))
-    old, new = (GPT.from_pretrained(one).double() for one in ("dense0", "copies-2-seed0"))
-    assert new.config.mlp_widths == tuple(2 * m for m in old.config.mlp_widths)
+    study.new_model(Path(f"copies-{copies}-seed0"))
+    old, new = (GPT.from_pretrained(one).double() for one in ("dense0", f"copies-{copies}-seed0"))
+    assert new.config.mlp_widths == tuple(copies * m for m in old.config.mlp_widths)
     idx = torch.arange(40).view(2, 20)
     torch.testing.assert_close(new(idx)[0], old(idx)[0], rtol=0, atol=1e-6)  # weights are float32
     for here, there in zip(new.h, old.h):
-        one, other = here.mlp.c_proj.weight.chunk(2, dim=1)  # [d, m]
-        share = (one / there.mlp.c_proj.weight).mean(0)
-        assert share.min() >= 0.25 and share.max() <= 0.75 and share.std() > 0.05
-        torch.testing.assert_close(one, share * there.mlp.c_proj.weight)
-        for a, b in zip(here.mlp.c_fc.weight.chunk(2), here.mlp.c_fc.bias.chunk(2)):
-            assert torch.equal(a, there.mlp.c_fc.weight) and torch.equal(b, there.mlp.c_fc.bias)
+        for w2 in here.mlp.c_proj.weight.chunk(copies, dim=1):  # [d, m]
+            share = (w2 / there.mlp.c_proj.weight).mean(0)
+            assert share.min() >= 0.5 / (1.5 * copies - 1) and share.std() > 0.05
+            torch.testing.assert_close(w2, share * there.mlp.c_proj.weight)
+        for w1, b1 in zip(here.mlp.c_fc.weight.chunk(copies), here.mlp.c_fc.bias.chunk(copies)):
+            assert torch.equal(w1, there.mlp.c_fc.weight) and torch.equal(b1, there.mlp.c_fc.bias)
+
+
+def test_a_larger_penalty_stands_beside_uniqueness_without_any(made):
+    make(only="^uniqueness-twice$")
+    runs = [flags for flags in made if flags.get("seed") == 1]
+    assert {flags["model"] for flags in runs} == {"out/copies-2-seed0"}
+    alone = [flags for flags in runs if flags.get("lambda_mvp", 2.0) > 2.0]
+    assert {flags["lambda_mvp"] for flags in alone} == {4.0, 8.0, 16.0}
+    assert all(flags["scope"] == "global" and flags["leftover"] == 0.05
+               and not flags.get("lambda_gum") for flags in alone)
 
 
 # What it says.
