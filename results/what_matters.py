@@ -45,6 +45,7 @@ from results import cli
 from results.cli import ABOVE_0, Flag
 from results.compare import draw, look, mean_std, paired
 from results.export import command_of
+from results.parts import PARTS, parts
 from results.runs import load_model, locked, read_run
 
 CSV = Path(__file__).with_name("what-matters.csv")
@@ -84,12 +85,20 @@ class Question(NamedTuple):
 def command(flags):
     """The command of a run, by which it is known: without what is a method's default, and without
     the place of data, which are known by their hash."""
-    usual = defaults_of(flags["method"]) | dict(seed=0, dataset="stdlib")
+    part = flags["method"] in PARTS
+    usual = defaults_of("obs" if part else flags["method"]) | dict(seed=0, dataset="stdlib")
     if flags.get("dataset") == "samsum" and flags.get("distill"):
         del usual["lambda_gum"]  # which is another then
     given = {name: flags[name] for name in train.ALL_FLAGS if name in flags and name != "data_path"
              and flags[name] is not None and flags[name] != usual.get(name)}
-    return command_of(SimpleNamespace(**given))
+    text = command_of(SimpleNamespace(**given))
+    return text.replace("train.py", "-m results.parts", 1) if part else text
+
+
+def words_of(command):
+    """The words of a command that are flags."""
+    words = shlex.split(command)
+    return words[words.index("--method"):]
 
 
 class Study:
@@ -301,6 +310,24 @@ class Study:
                    for weight in ("1", "10", "100")),
                  *(((f"{few}, λ_mvp {penalty}", "0"), (few, "0")) for penalty in (4, 8, 16)),
                  *(((few, "10"), (f"{few}, λ_mvp {penalty}", "0")) for penalty in (4, 8, 16))))
+            yield "surgeon-twice", Question("When neurons leave, every neuron twice", {
+                name: {column: self.run(how, leftover=leftover, dense=TWICE)
+                       for column, leftover in left.items()}
+                for name, how in ({"Global Top_v, from 10 to 70 %": GLOBAL} | schedules).items()},
+                ((global_later, "Global Top_v, from 10 to 70 %"), (obs_later, global_later),
+                 (obs_now, global_now), (obs_now, global_later), (obs_now, obs_later)))
+            cells = {half: dict(leftover=0.5, dense=TWICE), few: dict(leftover=0.05, dense=TWICE),
+                     once: {}, "10%, 50 steps": dict(steps=50),
+                     "25%, 50 steps": dict(leftover=0.25, steps=50)}
+            names = {name: part.name for name, part in PARTS.items()} | dict(obs="OBS")
+            yield "parts", Question("OBS in parts", {
+                text: {column: self.run(dict(method=name), **how) for column, how in cells.items()}
+                for name, text in names.items()},
+                tuple((names[one], names[other]) for one, other in (
+                    ("chance", "chance-only"), ("alone", "alone-only"), ("obs", "obs-only"),
+                    ("alone", "chance"), ("pairs", "alone"), ("obs", "pairs"), ("obs", "alone"),
+                    ("obs-only", "alone-only"), ("greedy", "obs"),
+                    ("handed", "greedy"), ("handed", "obs"))))
             yield "scratch", Question("From scratch, for as long as all training before, at 10 %", {
                 "GUM": {"as GUM": self.run(GUM)}, "From scratch": {"as GUM": self.as_gum(
                     DENSE | FROM_SCRATCH | dict(new="scratch", steps=DENSE_STEPS + STEPS))}},
@@ -456,11 +483,12 @@ def begin_process():
 
 
 @cli.handling(signal.default_int_handler)
+@parts()
 def make_run(flags, folder):
     """Make a run in `folder`, as its command would, and return its row."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     pruned, log = Path(f"{folder}.json"), Path(f"{folder}.log")
-    words = shlex.split(command(flags | dict(out=str(folder), eval_every=10**6)))[2:]
+    words = words_of(command(flags | dict(out=str(folder), eval_every=10**6)))
     if flags.get("data_path"):
         words += ["--data-path", flags["data_path"]]
     words += ["--resume"] * (folder.exists() and read_run(folder).state != "new")
@@ -823,7 +851,7 @@ def draw_figures(study, questions, at_10):
 
 def label_of(row):
     """The method in a row's command, by its name in tables."""
-    flags = train.parse(shlex.split(row["command"])[2:])
+    flags = train.parse(words_of(row["command"]))
     if flags.scope == "global":
         return "GUM" if flags.lambda_gum else "Global Top_v"
     return next(name for name, how in METHODS.items() if how["method"] == flags.method)
@@ -854,7 +882,7 @@ def report(args):
             parts[f"tuning-{name}"] = tuning_of(question)
     at_10 = [row for name, row in study.known.items() if re.search(r"--leftover 0\.1\b", name)
              and row["leftover"] < 0.11  # soft movement leaves more
-             and not re.search(r"--(dataset|distill|seed 99|prune-until|method obs)", name)
+             and not re.search(r"--(dataset|distill|seed 99|prune-until|method obs)|parts", name)
              and re.search(r"dense0 .*--steps 400 ", name)]
     # Global Top_v with a lambda_gum that GUM has is the same run.
     at_10 = [*{(row["loss"], row["widths"]): row for row in at_10}.values()]

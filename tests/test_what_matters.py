@@ -52,9 +52,8 @@ class AtOnce:
 
 def loss_of(flags):
     """A made-up world: each method has a best rate, lambda and end, GUM the lowest loss."""
-    best = dict(none=1e-3, magnitude=2e-3, random=4e-3, topv=4e-3, soft=2e-3, gum=4e-3,
-                obs=2e-3)
-    loss = 1 + abs(math.log(flags["lr"] / best[flags["method"]])) / 10 if "lr" in flags else 1
+    best = dict(none=1e-3, random=4e-3, topv=4e-3, gum=4e-3).get(flags["method"], 2e-3)
+    loss = 1 + abs(math.log(flags["lr"] / best)) / 10 if "lr" in flags else 1
     loss += dict(random=0.3, topv=0.2, gum=0.1).get(flags["method"], 0)
     loss += abs(math.log((flags.get("lambda_gum") or 1) / 100)) / 100
     return loss + 0.01 * (flags.get("seed", 0) % 5)
