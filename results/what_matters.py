@@ -311,23 +311,32 @@ class Study:
                  *(((f"{few}, λ_mvp {penalty}", "0"), (few, "0")) for penalty in (4, 8, 16)),
                  *(((few, "10"), (f"{few}, λ_mvp {penalty}", "0")) for penalty in (4, 8, 16))))
             yield "surgeon-twice", Question("When neurons leave, every neuron twice", {
-                name: {column: self.run(how, leftover=leftover, dense=TWICE)
-                       for column, leftover in left.items()}
+                name: {half: self.run(how, leftover=left[half], dense=TWICE)}
                 for name, how in ({"Global Top_v, from 10 to 70 %": GLOBAL} | schedules).items()},
                 ((global_later, "Global Top_v, from 10 to 70 %"), (obs_later, global_later),
                  (obs_now, global_now), (obs_now, global_later), (obs_now, obs_later)))
-            cells = {half: dict(leftover=0.5, dense=TWICE), few: dict(leftover=0.05, dense=TWICE),
-                     once: {}, "10%, 50 steps": dict(steps=50),
+
+            def as_obs(method, **how):  # at its rate
+                flags = self.tuned(OBS, **how)
+                return lambda seed: flags and flags | dict(method=method, seed=seed)
+
+            ours = [name for name in (*PARTS, "obs") if "chance" not in name]
+            cells = {half: (ours, dict(leftover=left[half], dense=TWICE)),
+                     few: (set(ours) - {"alone-only"}, dict(leftover=left[few], dense=TWICE)),
+                     once: (("greedy", "handed", "obs"), {})}
+            short = {"10%, 50 steps": dict(steps=50),
                      "25%, 50 steps": dict(leftover=0.25, steps=50)}
             names = {name: part.name for name, part in PARTS.items()} | dict(obs="OBS")
             yield "parts", Question("OBS in parts", {
-                text: {column: self.run(dict(method=name), **how) for column, how in cells.items()}
+                text: {column: self.run(dict(method=name), **how) for column, how in short.items()}
+                | {column: as_obs(name, **how) for column, (its, how) in cells.items()
+                   if name in its}
                 for name, text in names.items()},
                 tuple((names[one], names[other]) for one, other in (
                     ("chance", "chance-only"), ("alone", "alone-only"), ("obs", "obs-only"),
                     ("alone", "chance"), ("pairs", "alone"), ("obs", "pairs"), ("obs", "alone"),
-                    ("obs-only", "alone-only"), ("greedy", "obs"),
-                    ("handed", "greedy"), ("handed", "obs"))))
+                    ("obs-only", "alone-only"), ("greedy", "obs"), ("handed", "greedy"),
+                    ("handed", "obs"))))
             yield "scratch", Question("From scratch, for as long as all training before, at 10 %", {
                 "GUM": {"as GUM": self.run(GUM)}, "From scratch": {"as GUM": self.as_gum(
                     DENSE | FROM_SCRATCH | dict(new="scratch", steps=DENSE_STEPS + STEPS))}},
@@ -888,7 +897,7 @@ def report(args):
     at_10 = [*{(row["loss"], row["widths"]): row for row in at_10}.values()]
     if at_10 and study.tiny:
         parts["predictors"] = predictors(at_10)
-    for name in ("methods", "methods-distilled", "where", "twice", "uniqueness-twice"):
+    for name in ("methods", "methods-distilled", "where", "twice", "uniqueness-twice", "parts"):
         if name in parts:
             parts[f"measures-{name}"] = "\n\n".join(
                 f"{measure.MEASURES[value]}:\n\n{table_of(study, questions[name], value)}"
