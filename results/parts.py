@@ -10,7 +10,7 @@ they do there, but are chosen
     alone     by all of a neuron, whatever others can give of it
     pairs     by the part of it that no single other can give, which is what cosines tell
     greedy    as by `obs`, but one by one: what can't those others give that are then left?
-    handed    likewise, and those that take over a neuron are minded for its part, too
+    handed    likewise, and how much the loss minds it is handed on to those that take over
 
 `chance-only`, `alone-only` and `obs-only` choose likewise, and nobody takes over.
 """
@@ -52,8 +52,8 @@ def one_by_one(G, C, hand_on=True):
     that of the lowest; and no less than that of those before. [k]
 
     G = E[g g^T], of g_j = dL/dh_j, has its measure on the diagonal. If i takes over a_i of what j
-    did, its part of the layer's output grows by so much of j's, so that g_i grows by a_i g_j: those
-    that can do another's work are minded for it when it has left. C, G: [k, k].
+    did, its column of W2 grows by a_i of j's, and so g_i by a_i g_j; with `hand_on` G follows, so
+    that the scores do not depend on how a neuron is split into copies. C, G: [k, k].
     """
     here, scores, last, gone = torch.arange(len(G)), torch.empty(len(G)), 0.0, []
     G, inverse = G.double().clone(), torch.cholesky_inverse(cholesky(C.double()))
@@ -78,7 +78,7 @@ def one_by_one(G, C, hand_on=True):
 
 
 def greedy(measured, C):
-    """`one_by_one`, but nobody is minded for another's part. [k]"""
+    """`one_by_one`, but the loss goes on to mind each for its own part only. [k]"""
     return one_by_one(measured.diag(), C, hand_on=False)
 
 
@@ -89,7 +89,7 @@ PARTS = {
         ("chance", "By chance", chance), ("chance-only", f"By chance{NOBODY}", chance),
         ("alone", "Each alone", alone), ("alone-only", f"Each alone{NOBODY}", alone),
         ("pairs", "In pairs", pairs), ("obs-only", f"OBS's choice{NOBODY}", OBS.score),
-        ("greedy", "One by one", greedy), ("handed", "One by one, minded", one_by_one))}
+        ("greedy", "One by one", greedy), ("handed", "One by one, handed on", one_by_one))}
 
 
 class PartPruner(Pruner):

@@ -64,7 +64,7 @@ def test_one_by_one_each_is_asked_what_those_that_are_left_cannot_give(m, hand_o
     np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-6)
 
 
-def test_copies_leave_first_and_change_nothing_if_those_left_are_minded_for_their_part():
+def test_copies_leave_first_and_change_nothing_if_what_the_loss_minds_is_handed_on():
     numbers = np.random.default_rng(0)
     h, g = (numbers.normal(size=(100, 20)) @ numbers.normal(size=(20, 20)) for _ in range(2))
     share = numbers.uniform(0.25, 0.75, 20)
