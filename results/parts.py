@@ -6,7 +6,7 @@
 others of its layer together can't give; and the others take over what leaves. Neurons leave here as
 they do there, but are chosen
 
-    chance    by chance
+    chance    by chance: scores are drawn once, as those of `random`
     alone     by all of a neuron, whatever others can give of it
     pairs     by the part of it that no single other can give, which is what cosines tell
     greedy    as by `obs`, but one by one: what can't those others give that are then left?
@@ -27,11 +27,6 @@ from prune import METHODS, Pruner, cholesky
 
 RIDGE = 1e-2  # as in `cholesky`
 NOBODY = ", nobody takes over"
-
-
-def chance(measured, _):
-    """S_j is drawn anew for every round. [k]"""
-    return torch.rand_like(measured)
 
 
 def alone(measured, C):
@@ -86,7 +81,7 @@ OBS = METHODS["obs"]
 PARTS = {
     name: OBS._replace(name=text, about=f"OBS, {text.lower()}", score=score)
     for name, text, score in (
-        ("chance", "By chance", chance), ("chance-only", f"By chance{NOBODY}", chance),
+        ("chance", "By chance", None), ("chance-only", f"By chance{NOBODY}", None),
         ("alone", "Each alone", alone), ("alone-only", f"Each alone{NOBODY}", alone),
         ("pairs", "In pairs", pairs), ("obs-only", f"OBS's choice{NOBODY}", OBS.score),
         ("greedy", "One by one", greedy), ("handed", "One by one, handed on", one_by_one))}
@@ -113,7 +108,7 @@ class PartPruner(Pruner):
         super().add(layer, h, grad)
 
     def examine(self):
-        if not self.G:
+        if self.method.score is not None and not self.G:
             super().examine()
         for G, C, S in zip(self.G, self.C, self.scores.split(self.widths)):
             here = (S != -1).nonzero().squeeze(1)  # [k]
