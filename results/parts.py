@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import train
-from prune import METHODS, Pruner, cholesky
+from prune import METHODS, Pruner, cholesky, take_over
 
 RIDGE = 1e-2  # as in `cholesky`
 NOBODY = ", nobody takes over"
@@ -118,11 +118,8 @@ class PartPruner(Pruner):
         of_layers = (x.split(self.widths) for x in (self.scores, kept))
         for G, C, S, stays in zip(self.G, self.C, *of_layers):
             lost = (~stays & (S != -1)).nonzero().squeeze(1)  # [l]
-            stay = stays.nonzero().squeeze(1)  # [k]
-            a = torch.cholesky_solve(C[stay[:, None], lost], cholesky(C[stay[:, None], stay]))
-            both = torch.cat([stay, lost])
-            moved = torch.cat([torch.eye(len(stay)), a], 1)  # g -> g + a g_lost [k, k + l]
-            G[stay[:, None], stay] = moved @ G[both[:, None], both] @ moved.T
+            for side in (G, G.T):  # g goes with W2's columns
+                take_over(side, C, stays.nonzero().squeeze(1), lost)
         if self.takes_over:
             super().operate(kept)
         else:
@@ -130,13 +127,13 @@ class PartPruner(Pruner):
 
 
 @contextmanager
-def parts():
+def registered():
     """While open, `train` has these methods."""
     with patch.dict(METHODS, PARTS), patch.object(train, "Pruner", PartPruner):
         yield
 
 
-@parts()
+@registered()
 def main():
     train.main()
 

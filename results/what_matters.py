@@ -45,7 +45,7 @@ from results import cli
 from results.cli import ABOVE_0, Flag
 from results.compare import draw, look, mean_std, paired
 from results.export import command_of
-from results.parts import PARTS, parts
+from results.parts import PARTS, registered
 from results.runs import load_model, locked, read_run
 
 CSV = Path(__file__).with_name("what-matters.csv")
@@ -492,7 +492,7 @@ def begin_process():
 
 
 @cli.handling(signal.default_int_handler)
-@parts()
+@registered()
 def make_run(flags, folder):
     """Make a run in `folder`, as its command would, and return its row."""
     folder.parent.mkdir(parents=True, exist_ok=True)

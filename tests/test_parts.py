@@ -11,7 +11,7 @@ from test_train import save_small
 
 from model import GPT
 from prune import METHODS
-from results.parts import PARTS, PartPruner, one_by_one, parts
+from results.parts import PARTS, PartPruner, one_by_one, registered
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,7 +85,7 @@ def test_chance_is_that_of_random_whatever_else_is_drawn(method, tmp_path):
     assert torch.equal(torch.cat([kept[-1][0], 64 + kept[-1][1]]), wanted)
 
 
-@parts()
+@registered()
 def pruned(method, tmp_path, steps=30):
     """A model that neurons leave in two rounds while nothing else changes it: as it was, as it is,
     and which it kept at each step."""
@@ -120,11 +120,27 @@ def test_the_first_to_leave_are_the_same_whether_others_take_over_or_not(only, f
     assert all(map(torch.equal, one, other)) and not all(map(torch.equal, one, pairs))
 
 
+@registered()
+def test_what_the_loss_minds_is_handed_on_with_the_columns_of_w2(tmp_path):
+    save_small(tmp_path / "small")
+    model = GPT.from_pretrained(tmp_path / "small").double()
+    pruner, mlp = PartPruner(model, "handed", 0.25, 30), model.h[0].mlp
+    torch.manual_seed(0)
+    h, error = torch.randn(100, 64).double(), torch.randn(100, 16).double()  # dL/d(layer's output)
+    pruner.C[0].copy_(h.T @ h), pruner.C[1].copy_(torch.eye(64))
+    gradient = error @ mlp.c_proj.weight.detach()
+    pruner.G[0].copy_(gradient.T @ gradient)
+    stays = torch.arange(64) % 3 > 0
+    with torch.no_grad():
+        pruner.operate(torch.cat([stays, torch.ones(64, dtype=torch.bool)]))
+    gradient = error @ mlp.c_proj.weight.detach()[:, stays]  # of those columns as they are now
+    torch.testing.assert_close(pruner.G[0][stays][:, stays], gradient.T @ gradient)
+
+
 def test_a_part_is_a_method_of_its_program_only(tmp_path):
     assert not {*PARTS} & {*METHODS}
     save_small(tmp_path / "small")
-    words = ("--method alone-only --model small --steps 20 --batch-size 2 --block-size 32 --lr 0.01"
-             " --leftover 0.25 --out run").split()
-    subprocess.run([sys.executable, "-m", "results.parts", *words[:3], tmp_path / "small",
-                    *words[4:-1], tmp_path / "run"], cwd=ROOT, check=True)
+    words = "--steps 20 --batch-size 2 --block-size 32 --lr 0.01 --leftover 0.25".split()
+    subprocess.run([sys.executable, "-m", "results.parts", "--method", "alone-only", "--model",
+                    tmp_path / "small", "--out", tmp_path / "run", *words], cwd=ROOT, check=True)
     assert sum(GPT.from_pretrained(tmp_path / "run").config.mlp_widths) == 32
